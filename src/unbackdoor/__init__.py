@@ -1,0 +1,1 @@
+"""Remove backdoors from neural networks with a few clean samples."""

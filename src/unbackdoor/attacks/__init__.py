@@ -1,0 +1,1 @@
+"""Attacks: how test victims are made. One file per attack; :mod:`unbackdoor.attacks.poisoning` plants them all."""

@@ -1,0 +1,1 @@
+"""Samples from what users have: folders, .npz files, named data sets."""

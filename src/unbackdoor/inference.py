@@ -1,0 +1,96 @@
+"""Running a network forward over many samples: logits, loss and accuracy, in eval mode and without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unbackdoor.types import Samples
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def uses_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether ``precision`` means bfloat16 on ``device``: "auto" does where the hardware multiplies in it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 autocast where :func:`uses_bf16` says so, else nothing."""
+    if uses_bf16(precision, device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the block; each module's own mode comes back after it."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU where it has none."""
+    for tensor in model.parameters():
+        return tensor.device
+    for tensor in model.buffers():
+        return tensor.device
+    return torch.device("cpu")
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    samples: Samples,
+    *,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 500,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Logits (N, classes), float32, on the model's device.
+
+    Args:
+        transform: applied to each batch of images in [0, 1] first; a trigger, say.
+        precision: "fp32" by default, so that a reported figure does not depend on the hardware's bf16.
+    """
+    device = device_of(model)
+    outputs = []
+    with evaluating(model), autocast(precision, device):
+        for x, _ in samples.batches(batch_size):
+            x = x.to(device)
+            if transform is not None:
+                x = transform(x)
+            outputs.append(model(x.contiguous(memory_format=torch.channels_last)).float())
+    return torch.cat(outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well a model fits labelled samples: mean cross-entropy (nats) and accuracy in [0, 1]."""
+
+    loss: float
+    accuracy: float
+
+
+def measure(model: nn.Module, samples: Samples, *, batch_size: int = 500, precision: Precision = "auto") -> Fit:
+    """Loss and accuracy on samples with true labels; one host sync."""
+    logits = predict(model, samples, batch_size=batch_size, precision=precision)
+    labels = samples.labels.to(logits.device)
+    both = torch.stack([F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()])
+    loss, accuracy = both.tolist()
+    return Fit(loss, accuracy)

@@ -1,0 +1,231 @@
+"""Specs: ``"seam(preset=toolbox)"`` <-> a frozen dataclass, and the lazy registry of what can be named so.
+
+The grammar is ``name`` or ``name(field=value, ...)``. A value is a Python literal; a bare word is a string, so that no
+quotes are needed on a command line.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import re
+import types
+import typing
+from typing import Any, Literal
+
+from unbackdoor.errors import ConfigError
+
+Kind = Literal["attack", "defense"]
+
+_BARE_WORD = re.compile(r"[A-Za-z_][\w.:/+-]*")
+
+#: kind -> name -> "module:class". Nothing is imported before it is asked for.
+REGISTRY: dict[Kind, dict[str, str]] = {
+    "attack": {
+        "badnets": "unbackdoor.attacks.image.badnets:BadNets",
+        "blended": "unbackdoor.attacks.image.blended:Blended",
+    },
+    "defense": {
+        "ft": "unbackdoor.defenses.finetune:FineTune",
+        "seam": "unbackdoor.defenses.seam:SEAM",
+        "ulrl": "unbackdoor.defenses.ulrl:ULRL",
+    },
+}
+
+
+def names(kind: Kind) -> list[str]:
+    """The registered names of a kind, sorted."""
+    return sorted(REGISTRY[kind])
+
+
+def lookup(kind: Kind, name: str) -> type[Any]:
+    """The class registered under a name.
+
+    Raises:
+        ConfigError: no such name; the message lists those there are.
+    """
+    try:
+        target = REGISTRY[kind][name]
+    except KeyError:
+        raise ConfigError(f"unknown {kind} {name!r}{suggestion(name, names(kind))}") from None
+    module, _, attribute = target.partition(":")
+    return typing.cast("type[Any]", getattr(importlib.import_module(module), attribute))
+
+
+def suggestion(wrong: str, right: list[str]) -> str:
+    """``"; did you mean 'x'? There are: ..."``, for the end of an error message."""
+    near = difflib.get_close_matches(wrong, right, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{hint} There are: {', '.join(right)}"
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Split ``"name(a=1, b=word)"`` into the name and its keyword arguments. A name may hold ``:``, ``.``, ``/`` and ``-``.
+
+    Raises:
+        ConfigError: the text does not follow the grammar.
+    """
+    text = text.strip()
+    name, bracket, inside = text.partition("(")
+    name = name.strip()
+    if not name:
+        raise ConfigError(f"{text!r} is no spec: it has no name. Write name or name(field=value, ...)")
+    if not bracket:
+        return name, {}
+    if not inside.endswith(")"):
+        raise ConfigError(f"{text!r} is no spec: the bracket is not closed. Write name(field=value, ...)")
+    arguments: dict[str, Any] = {}
+    for part in _split(inside[:-1], text):
+        field, equals, value = part.partition("=")
+        field = field.strip()
+        if not equals or not field.isidentifier():
+            raise ConfigError(f"{text!r} is no spec: {part.strip()!r} should read field=value")
+        if field in arguments:
+            raise ConfigError(f"{text!r}: field {field!r} is given twice")
+        arguments[field] = _value(value.strip(), text)
+    return name, arguments
+
+
+def _split(inside: str, text: str) -> list[str]:
+    """Cut at the commas that stand outside of brackets and quotes."""
+    parts, depth, quote, current = [], 0, "", ""
+    for character in inside:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([":
+            depth += 1
+        elif character in ")]":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append(current)
+            current = ""
+            continue
+        current += character
+    if quote or depth:
+        raise ConfigError(f"{text!r} is no spec: a quote or a bracket is not closed")
+    return [p for p in [*parts, current] if p.strip()]
+
+
+def _value(word: str, text: str) -> Any:
+    if word[:1] in ("(", "[") and word[-1:] in (")", "]"):
+        return tuple(_value(item.strip(), text) for item in _split(word[1:-1], text))
+    constants = {"true": True, "false": False, "none": None}
+    if word.lower() in constants:
+        return constants[word.lower()]
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        if _BARE_WORD.fullmatch(word):
+            return word
+    raise ConfigError(f"{text!r}: {word!r} is no value; write a number, a word, a quoted string or a tuple")
+
+
+def build(kind: Kind, text: str) -> Any:
+    """The object that a spec names, its fields checked against their types.
+
+    Raises:
+        ConfigError: unknown name or field, or a value of the wrong type.
+    """
+    name, arguments = parse(text)
+    return construct(lookup(kind, name), name, arguments)
+
+
+def construct(cls: type[Any], name: str, arguments: dict[str, Any]) -> Any:
+    """Make a frozen dataclass from keyword arguments, checking names and types."""
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    values = {}
+    for key, value in arguments.items():
+        if key not in fields:
+            raise ConfigError(f"{name} has no field {key!r}{suggestion(key, fields)}")
+        values[key] = _coerce(value, hints[key], f"{name}({key}={value!r})")
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where}: must be one of {', '.join(repr(a) for a in args)}")
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            try:
+                return _coerce(value, option, where)
+            except ConfigError:
+                continue
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif origin is tuple:
+        items = value if isinstance(value, tuple) else (value,)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_coerce(item, args[0], where) for item in items)
+        if len(items) == len(args):
+            return tuple(_coerce(item, arg, where) for item, arg in zip(items, args, strict=True))
+    elif isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise ConfigError(f"{where}: must be {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def name_of(thing: Any, kind: Kind) -> str:
+    """The registered name of an object's class; of an unregistered class, ``module:class``."""
+    path = f"{type(thing).__module__}:{type(thing).__qualname__}"
+    for name, target in REGISTRY[kind].items():
+        if target == path:
+            return name
+    return path
+
+
+def resolved(thing: Any, kind: Kind) -> dict[str, Any]:
+    """All fields of an object with their values, its name and its class's ``VERSION``: what decides its result."""
+    return {
+        "name": name_of(thing, kind),
+        "version": getattr(type(thing), "VERSION", 1),
+        **{f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init},
+    }
+
+
+def text_of(thing: Any, kind: Kind) -> str:
+    """The spec of an object: its name and the fields that differ from their defaults."""
+    changed = [
+        f"{f.name}={_word(getattr(thing, f.name))}"
+        for f in dataclasses.fields(thing)
+        if f.init and getattr(thing, f.name) != _default(f)
+    ]
+    name = name_of(thing, kind)
+    return f"{name}({', '.join(changed)})" if changed else name
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, str) and _BARE_WORD.fullmatch(value) and value.lower() not in ("true", "false", "none"):
+        return value
+    return repr(value)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def key(content: Any) -> str:
+    """A 16-digit hexadecimal key of JSON-able content, the same on every machine."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
