@@ -1,0 +1,129 @@
+"""The planted victim as a folder that reloads: weights, architecture, attack, recipe, seed, ACC and ASR at planting."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unbackdoor import specs
+from unbackdoor.errors import CheckpointError, OutputExists
+from unbackdoor.models.architectures import build_network
+from unbackdoor.rng import Rng
+from unbackdoor.training import Recipe
+from unbackdoor.types import Attack
+
+WEIGHTS, CARD = "model.safetensors", "victim.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VictimCard:
+    """What ``victim.json`` holds.
+
+    Attributes:
+        arch: architecture spec, such as "preact_resnet18(width=16)".
+        attack: attack spec, or None for a clean network.
+        dataset: what it was trained on.
+        image_shape: (C, H, W).
+        recipe: the training recipe's fields.
+        accuracy: clean test accuracy at planting, in [0, 1].
+        asr: attack success rate at planting, in [0, 1]; None for a clean network.
+    """
+
+    arch: str
+    attack: str | None
+    dataset: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...] = ()
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int
+    accuracy: float
+    asr: float | None
+    seconds: float
+
+    def build_attack(self) -> Attack | None:
+        """The attack, ready to stamp triggers; None for a clean network."""
+        attack: Attack | None = specs.build("attack", self.attack) if self.attack else None
+        return attack
+
+
+def recipe_fields(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON-able fields."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe).items()}
+
+
+def save_victim(folder: str | os.PathLike[str], model: nn.Module, card: VictimCard, *, force: bool = False) -> Path:
+    """Write the victim's folder whole or not at all.
+
+    Raises:
+        OutputExists: the folder is there and ``force`` is not given.
+    """
+    folder = Path(folder)
+    if folder.exists() and not force:
+        raise OutputExists(f"{folder} exists already: choose another folder, or overwrite it with --force")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
+        new = Path(made) / "victim"
+        new.mkdir()
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, new / WEIGHTS)
+        content = {"format": _FORMAT, **dataclasses.asdict(card)}
+        (new / CARD).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.replace(folder)
+    return folder
+
+
+def is_victim(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder holds a planted victim."""
+    return (Path(folder) / CARD).is_file()
+
+
+def read_card(folder: str | os.PathLike[str]) -> VictimCard:
+    """The victim's card.
+
+    Raises:
+        CheckpointError: no card, or one that this version cannot read.
+    """
+    path = Path(folder) / CARD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no planted victim: {CARD} is missing") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from None
+    version = content.pop("format", None) if isinstance(content, dict) else None
+    if version != _FORMAT:
+        raise CheckpointError(f"{path} has format {version!r}; this version reads format {_FORMAT}")
+    for key in ("image_shape", "class_names"):
+        content[key] = tuple(content.get(key, ()))
+    try:
+        return VictimCard(**content)
+    except TypeError as error:
+        raise CheckpointError(f"{path} does not hold a victim's card: {error}") from None
+
+
+def load_victim(folder: str | os.PathLike[str]) -> tuple[nn.Module, VictimCard]:
+    """The victim's network in eval mode, and its card. Nothing in the folder is executed."""
+    card = read_card(folder)
+    model = build_network(
+        card.arch,
+        num_classes=card.num_classes,
+        in_channels=card.image_shape[0],
+        image_size=card.image_shape[1],
+        rng=Rng(0),
+    )
+    with torch.no_grad():
+        model.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    return model.eval(), card
