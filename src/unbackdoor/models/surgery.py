@@ -1,0 +1,128 @@
+"""Surgery on a network by structure: list its layers of output units, find its classification head, reset units.
+
+Everything is located by module type and by what runs last, never by a name string.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.errors import UnsupportedModel
+from unbackdoor.inference import device_of, evaluating
+from unbackdoor.types import Samples
+
+#: Module types with one weight whose first dimension counts output units. TorchScript keeps only the type's name.
+_ROW_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ROW_NAMES = frozenset({"Linear", "Conv1d", "Conv2d", "Conv3d", "NonDynamicallyQuantizableLinear"})
+
+
+@dataclass(frozen=True, eq=False)
+class UnitLayer:
+    """A layer's output units: row i of ``weight`` (units, …) and entry i of ``bias`` make unit i.
+
+    ``name`` is the module's dotted name, ``module`` the module that holds the parameters.
+    """
+
+    name: str
+    module: nn.Module
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @property
+    def units(self) -> int:
+        return len(self.weight)
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of one unit: the weights of a row."""
+        return self.weight[0].numel()
+
+    def rows(self) -> Tensor:
+        """(units, fan_in): the weight as a matrix, sharing its memory."""
+        return self.weight.flatten(1)
+
+
+def unit_layers(model: nn.Module) -> list[UnitLayer]:
+    """Every layer of output units, in the order of registration.
+
+    Linear and convolution layers, and the joint query-key-value projection of ``nn.MultiheadAttention``.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        if is_row_layer(module):
+            layers.append(UnitLayer(name, module, module.weight, module.bias))  # type: ignore[arg-type]
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            layers.append(UnitLayer(name, module, module.in_proj_weight, module.in_proj_bias))
+    if not layers:
+        raise UnsupportedModel("the network has no linear or convolution layer: there are no units to score")
+    return layers
+
+
+def is_row_layer(module: nn.Module) -> bool:
+    """Whether the module is a linear or (not transposed) convolution layer with its weight in place."""
+    known = isinstance(module, _ROW_LAYERS) or getattr(module, "original_name", "") in _ROW_NAMES
+    return known and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def find_head(model: nn.Module, clean: Samples) -> UnitLayer:
+    """The layer whose rows are the class logits: the last one to run that has a row a class.
+
+    A copy of the model is run on two images to see the order; a network that cannot be watched (TorchScript) is judged
+    by the order of registration.
+
+    Args:
+        clean: gives two images of the right shape and the number of classes.
+
+    Raises:
+        UnsupportedModel: no linear or convolution layer has a row a class.
+    """
+    layers = {layer.name: layer for layer in unit_layers(model)}
+    fitting = [name for name, layer in layers.items() if layer.units == clean.num_classes and layer.name != ""]
+    fitting = fitting or [name for name, layer in layers.items() if layer.units == clean.num_classes]
+    if not fitting:
+        sizes = sorted({layer.units for layer in layers.values()})
+        raise UnsupportedModel(
+            f"no classification head was found: no linear or convolution layer has {clean.num_classes} output units, "
+            f"one a class; the layers have {', '.join(map(str, sizes))}"
+        )
+    ran = [name for name in _running_order(model, clean) if name in fitting]
+    return layers[ran[-1] if ran else fitting[-1]]
+
+
+def _running_order(model: nn.Module, clean: Samples) -> list[str]:
+    """Names of the unit layers in the order in which they finish; empty where hooks are not supported."""
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        return []
+    # Hooks go on a copy, so that the caller's model carries no trace of the visit, not even for a moment.
+    watched = copy.deepcopy(model)
+    order: list[str] = []
+    for name, module in watched.named_modules():
+        if is_row_layer(module):
+            module.register_forward_hook(lambda *_, name=name: order.append(name))
+    with torch.no_grad(), evaluating(watched):
+        watched(clean.images(slice(0, 2)).to(device_of(watched)))
+    return order
+
+
+@torch.no_grad()
+def reset_units(layer: UnitLayer, units: Iterable[int], generator: torch.Generator) -> None:
+    """Draw the units' weights anew from U(−√(2/d), √(2/d)), d = fan-in, and zero their biases, in place.
+
+    The law is that of the ULRL authors' released code.
+    """
+    bound = math.sqrt(2 / layer.fan_in)
+    rows = layer.rows()
+    for unit in units:
+        fresh = torch.empty(layer.fan_in).uniform_(-bound, bound, generator=generator)
+        rows[unit] = fresh.to(rows)
+        if layer.bias is not None:
+            layer.bias[unit] = 0
