@@ -75,10 +75,14 @@ def test_isolated_code_sees_the_stream_and_the_caller_does_not_notice() -> None:
 
 
 def test_isolation_ends_with_an_error_too() -> None:
+    def interrupted() -> None:
+        with isolated(Rng(0)):
+            torch.rand(3)
+            raise KeyboardInterrupt
+
     before = torch.get_rng_state()
-    with pytest.raises(KeyboardInterrupt), isolated(Rng(0)):
-        torch.rand(3)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert torch.equal(torch.get_rng_state(), before)
 
 
