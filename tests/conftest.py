@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import torchvision_ops  # noqa: F401 - before any test imports torchvision
+
 # One thread makes sums come out in one order, so that "bit for bit" can be tested; xdist uses the other cores.
 torch.set_num_threads(1)
 
