@@ -70,7 +70,7 @@ class UnsupportedModel(UnbackdoorError):
 
 
 class TrainingDiverged(UnbackdoorError):
-    """A loss stopped being finite during training."""
+    """A loss or a weight stopped being finite during training."""
 
 
 class OutputExists(UnbackdoorError):

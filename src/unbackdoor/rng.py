@@ -49,9 +49,14 @@ class Rng:
 
 @contextmanager
 def isolated(rng: Rng, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch's global generators from ``rng`` within the block and restore the caller's state after it."""
+    """Seed torch's global generators (the CPU's and ``device``'s) from ``rng`` and restore the caller's state after."""
     device = torch.device(device)
     cuda = [device] if device.type == "cuda" else []
+    seed = rng.integer("global")
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(rng.integer("global"))
+        # Not torch.manual_seed: that reseeds every accelerator of the process, and nobody would put those back.
+        torch.default_generator.manual_seed(seed)
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
         yield

@@ -15,6 +15,8 @@ import json
 import re
 import types
 import typing
+import warnings
+from contextlib import suppress
 from typing import Any, Literal
 
 from unbackdoor.errors import ConfigError
@@ -64,7 +66,9 @@ def suggestion(wrong: str, right: list[str]) -> str:
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``"name(a=1, b=word)"`` into the name and its keyword arguments. A name may hold ``:``, ``.``, ``/`` and ``-``.
+    """Split ``"name(a=1, b=word)"`` into the name and its keyword arguments.
+
+    A name may hold ``:``, ``.``, ``/`` and ``-``. A list is read as a tuple.
 
     Raises:
         ConfigError: the text does not follow the grammar.
@@ -92,10 +96,11 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 
 def _split(inside: str, text: str) -> list[str]:
     """Cut at the commas that stand outside of brackets and quotes."""
-    parts, depth, quote, current = [], 0, "", ""
+    parts, depth, quote, current, escaped = [], 0, "", "", False
     for character in inside:
         if quote:
-            quote = "" if character == quote else quote
+            quote = "" if character == quote and not escaped else quote
+            escaped = character == "\\" and not escaped
         elif character in "'\"":
             quote = character
         elif character in "([":
@@ -113,16 +118,17 @@ def _split(inside: str, text: str) -> list[str]:
 
 
 def _value(word: str, text: str) -> Any:
-    if word[:1] in ("(", "[") and word[-1:] in (")", "]"):
+    if word[:1] + word[-1:] in ("()", "[]"):
         return tuple(_value(item.strip(), text) for item in _split(word[1:-1], text))
     constants = {"true": True, "false": False, "none": None}
     if word.lower() in constants:
         return constants[word.lower()]
-    try:
-        return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        if _BARE_WORD.fullmatch(word):
-            return word
+    if _BARE_WORD.fullmatch(word):
+        return word
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Python only warns about '\\d' and 1if; here they are mistakes
+        with suppress(ValueError, SyntaxError, Warning):
+            return ast.literal_eval(word)
     raise ConfigError(f"{text!r}: {word!r} is no value; write a number, a word, a quoted string or a tuple")
 
 
@@ -145,17 +151,24 @@ def construct(cls: type[Any], name: str, arguments: dict[str, Any]) -> Any:
         if key not in fields:
             raise ConfigError(f"{name} has no field {key!r}{suggestion(key, fields)}")
         values[key] = _coerce(value, hints[key], f"{name}({key}={value!r})")
+    absent = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values and not _has_default(f)]
+    if absent:
+        raise ConfigError(f"{name} needs {', '.join(absent)}: write {name}({', '.join(f'{a}=...' for a in absent)})")
     return cls(**values)
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        if value in args:
+        if any(value == a and type(value) is type(a) for a in args):  # True equals 1 and is no 1
             return value
         raise ConfigError(f"{where}: must be one of {', '.join(repr(a) for a in args)}")
     if origin in (types.UnionType, typing.Union):
-        for option in args:
+        # A lone value becomes a tuple of one, and an int a float, only where nothing else takes it as it is.
+        def bends(option: Any) -> bool:
+            return option is float or (typing.get_origin(option) is tuple) != isinstance(value, tuple)
+
+        for option in sorted(args, key=bends):
             try:
                 return _coerce(value, option, where)
             except ConfigError:
@@ -165,7 +178,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return None
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with suppress(OverflowError):
+                return float(value)
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
@@ -194,11 +208,19 @@ def name_of(thing: Any, kind: Kind) -> str:
 
 
 def resolved(thing: Any, kind: Kind) -> dict[str, Any]:
-    """All fields of an object with their values, its name and its class's ``VERSION``: what decides its result."""
+    """All fields of an object with their values, its name and its class's ``VERSION``: what decides its result.
+
+    Values stand in their declared type (``lr=1`` is 1.0), so that equal objects give the same :func:`key`.
+
+    Raises:
+        ConfigError: a field's value is not of its declared type.
+    """
+    name, hints = name_of(thing, kind), typing.get_type_hints(type(thing))
+    values = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init}
     return {
-        "name": name_of(thing, kind),
+        "name": name,
         "version": getattr(type(thing), "VERSION", 1),
-        **{f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init},
+        **{key: _coerce(value, hints[key], f"{name}({key}={value!r})") for key, value in values.items()},
     }
 
 
@@ -217,6 +239,10 @@ def _word(value: Any) -> str:
     if isinstance(value, str) and _BARE_WORD.fullmatch(value) and value.lower() not in ("true", "false", "none"):
         return value
     return repr(value)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

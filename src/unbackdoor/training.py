@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import InitVar, dataclass, field
+from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 
 from unbackdoor import progress
 from unbackdoor.augmentation import Augmentation, augment
-from unbackdoor.errors import ConfigError, DataError, TrainingDiverged
+from unbackdoor.errors import ConfigError, DataError, TrainingDiverged, UnsupportedModel
 from unbackdoor.inference import Precision, autocast, device_of
 from unbackdoor.rng import Rng, isolated
 from unbackdoor.types import Epoch, Samples, as_float
@@ -70,11 +72,13 @@ class Recipe:
             if not right:
                 raise ConfigError(f"{name} must be {need}, not {getattr(self, name)!r}")
 
-        require(self.epochs >= 1, "epochs", "at least 1")
-        require(self.batch_size >= 1, "batch_size", "at least 1")
+        require(isinstance(self.epochs, int) and self.epochs >= 1, "epochs", "a whole number, at least 1")
+        require(isinstance(self.batch_size, int) and self.batch_size >= 1, "batch_size", "a whole number, at least 1")
         require(0 < self.lr < math.inf, "lr", "a finite number > 0")
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)")
-        require(self.weight_decay >= 0, "weight_decay", "at least 0")
+        require(not self.nesterov or self.momentum > 0, "momentum", "above 0 with nesterov")
+        require(all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "a finite number, at least 0")
         require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "None or > 0")
         for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("augment", Augmentation)):
@@ -117,6 +121,8 @@ class EndOfEpoch:
     measured: dict[str, float] = field(default_factory=dict)
 
 
+#: Called with the model after each optimiser step.
+AfterStep = Callable[[nn.Module], None]
 #: (model, end of epoch) -> whether to stop
 Until = Callable[[nn.Module, EndOfEpoch], bool]
 
@@ -129,7 +135,7 @@ def fit(
     *,
     objective: Objective | None = None,
     batch: BatchHook | None = None,
-    after_step: Callable[[nn.Module], None] | None = None,
+    after_step: AfterStep | None = None,
     until: Until | None = None,
     parameters: list[nn.Parameter] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -137,96 +143,154 @@ def fit(
 ) -> list[Epoch]:
     """Train ``model`` in place and return what each epoch did. The model is left in eval mode.
 
-    The same seed gives the same weights on CPU, bit for bit (same machine, same thread count).
+    The same seed gives the same weights on CPU, bit for bit (same machine, same thread count). However the training
+    ends, by an error or Ctrl-C too, each parameter asks for gradients exactly if it did before.
 
     Args:
         model: maps images in [0, 1] to logits (N, classes).
         data: moved to the model's device once, in channels_last memory.
         rng: gives the order, the augmentation, the ``batch`` hook's draws and the state that dropout sees.
         objective: what to minimise; cross-entropy by default.
-        batch: changes each batch before augmentation; gets a CPU generator of its own.
+        batch: changes each batch before augmentation, its size too; gets a CPU generator of its own.
         after_step: called after each optimiser step.
         until: called at each epoch's end; True stops.
-        parameters: what to train; by default every floating parameter, whether it asked for gradients or not.
+        parameters: what to train; by default what ``optimizer`` holds or, without one, every floating parameter,
+            whether it asked for gradients or not. The model's other parameters are frozen meanwhile.
         optimizer: used instead of the recipe's where given; the recipe's lr and schedule still drive it.
         name: shown with the progress.
 
     Raises:
-        TrainingDiverged: the epoch's loss is not finite.
+        TrainingDiverged: the epoch's loss, or a trained weight at its end, is not finite.
         DataError: a batch of one image meets BatchNorm.
+        UnsupportedModel: there is no parameter to train.
     """
     device = device_of(model)
-    data = data.to(device)
-    inputs, labels = data.inputs.contiguous(memory_format=torch.channels_last), data.labels
-    trained = parameters if parameters is not None else [p for p in model.parameters() if p.is_floating_point()]
-    asked = [p.requires_grad for p in trained]
-    for p in trained:
-        p.requires_grad_(True)
-    objective = objective or CrossEntropy(recipe.label_smoothing)
-    optimizer = optimizer or make_optimizer(trained, recipe)
-    starts = batch_starts(len(data), recipe.batch_size)
-    steps = len(starts) - 1
-    order_of, draws, crops = rng.stream("order"), rng.stream("batch"), rng.stream("augment")
+    trained = _trainable(model, parameters, optimizer)
     epochs: list[Epoch] = []
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with _prepared(model, trained), isolated(rng, device), progress.task(name, recipe.epochs) as task:
+        loop = _Loop(
+            model=model,
+            data=data.to(device),
+            recipe=recipe,
+            rng=rng,
+            trained=trained,
+            optimizer=optimizer or make_optimizer(trained, recipe),
+            objective=objective or CrossEntropy(recipe.label_smoothing),
+            batch=batch,
+            after_step=after_step,
+        )
+        for index in range(recipe.epochs):
+            began = time.perf_counter()
+            means, images, lr = loop.epoch(index)
+            loss, accuracy = means.pop("loss"), means.pop("accuracy")
+            end = EndOfEpoch(index, loss, accuracy)
+            if means.pop("broken") or not math.isfinite(loss):
+                what = "a weight stopped being finite" if math.isfinite(loss) else f"the loss became {loss}"
+                raise TrainingDiverged(
+                    f"{name}: {what} in epoch {index + 1} at learning rate {lr:g}; "
+                    "a smaller learning rate would be right"
+                )
+            stop = until is not None and until(model, end)
+            seconds = time.perf_counter() - began
+            epochs.append(Epoch(index, loss, accuracy, lr, images, seconds, means, end.measured))
+            task.advance(f"loss {loss:.3f}  accuracy {accuracy:.1%}")
+            if stop:
+                break
+    return epochs
+
+
+def _trainable(
+    model: nn.Module, parameters: list[nn.Parameter] | None, optimizer: torch.optim.Optimizer | None
+) -> list[nn.Parameter]:
+    if parameters is not None:
+        trained = parameters
+    elif optimizer is not None:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+    else:
+        trained = [p for p in model.parameters() if p.is_floating_point()]
+    if not trained:
+        raise UnsupportedModel(f"{type(model).__name__} has no parameter to train: at least one is needed")
+    return trained
+
+
+@contextmanager
+def _prepared(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients for ``trained`` alone and channels_last memory within the block; afterwards what was, in eval mode."""
+    ours = {id(p) for p in trained}
+    asked = [(p, p.requires_grad) for p in [*(q for q in model.parameters() if id(q) not in ours), *trained]]
     try:
-        with isolated(rng, device), progress.task(name, recipe.epochs) as task:
-            for index in range(recipe.epochs):
-                began = time.perf_counter()
-                model.train()
-                totals: dict[str, Tensor] = {}
-                order = torch.randperm(len(data), generator=order_of).to(device)
-                for step in range(steps):
-                    lr = recipe.lr * lr_factor(recipe, index, step, steps)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                    chosen = order[starts[step] : starts[step + 1]]
-                    x, y = inputs[chosen], labels[chosen]
-                    if batch is not None:
-                        x, y = batch(x, y, draws)
-                    x = as_float(augment(x, recipe.augment, crops)).contiguous(memory_format=torch.channels_last)
-                    with autocast(recipe.precision, device):
-                        try:
-                            done = objective(model, x, y)
-                        except ValueError as error:
-                            raise _explained(error, len(x)) from error
-                    optimizer.zero_grad(set_to_none=True)
-                    done.loss.backward()  # type: ignore[no-untyped-call]
-                    if recipe.clip_norm is not None:
-                        nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
-                    optimizer.step()
-                    if after_step is not None:
-                        after_step(model)
-                    _add(totals, done, y, len(x))
-                # The one host sync of the epoch.
-                sums = torch.stack(list(totals.values())).tolist()
-                means = {key: value / len(data) for key, value in zip(totals, sums, strict=True)}
-                loss, accuracy = means.pop("loss"), means.pop("accuracy")
-                end = EndOfEpoch(index, loss, accuracy)
-                if not math.isfinite(loss):
-                    raise TrainingDiverged(
-                        f"{name}: the loss became {loss} in epoch {index + 1} at learning rate {lr:g}; "
-                        "a smaller learning rate would be right"
-                    )
-                stop = until is not None and until(model, end)
-                seconds = time.perf_counter() - began
-                epochs.append(Epoch(index, loss, accuracy, lr, len(data), seconds, means, end.measured))
-                task.advance(f"loss {loss:.3f}  accuracy {accuracy:.1%}")
-                if stop:
-                    break
+        for p, _ in asked:
+            p.requires_grad_(id(p) in ours)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.enable_grad():
+            yield
     finally:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         model.eval()
-        optimizer.zero_grad(set_to_none=True)
-        for p, wanted in zip(trained, asked, strict=True):
+        for p in trained:
+            p.grad = None
+        for p, wanted in asked:
             p.requires_grad_(wanted)
-    return epochs
+
+
+@dataclass(kw_only=True)
+class _Loop:
+    """What stays the same over the epochs of one :func:`fit`, and the three random streams that run through them."""
+
+    model: nn.Module
+    data: Samples
+    recipe: Recipe
+    rng: InitVar[Rng]
+    trained: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    batch: BatchHook | None
+    after_step: AfterStep | None
+
+    def __post_init__(self, rng: Rng) -> None:
+        self.inputs = self.data.inputs.contiguous(memory_format=torch.channels_last)
+        self.starts = batch_starts(len(self.data), self.recipe.batch_size)
+        self.order, self.draws, self.crops = rng.stream("order"), rng.stream("batch"), rng.stream("augment")
+
+    def epoch(self, index: int) -> tuple[dict[str, float], int, float]:
+        """One pass: (means over its images, with "loss", "accuracy" and "broken"; images; last learning rate)."""
+        self.model.train()
+        totals: dict[str, Tensor] = {}
+        images, lr, steps = 0, 0.0, len(self.starts) - 1
+        order = torch.randperm(len(self.data), generator=self.order).to(self.data.device)
+        for step, (start, end) in enumerate(pairwise(self.starts)):
+            lr = self.recipe.lr * lr_factor(self.recipe, index, step, steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            images += self._step(order[start:end], totals)
+        totals["broken"] = torch.stack([p.detach().isfinite().logical_not().any() for p in self.trained]).any()
+        # The one host sync of the epoch.
+        sums = torch.stack([t.double() for t in totals.values()]).tolist()
+        return {key: value / images for key, value in zip(totals, sums, strict=True)}, images, lr
+
+    def _step(self, chosen: Tensor, totals: dict[str, Tensor]) -> int:
+        """One optimiser step; returns its number of images."""
+        x, y = self.inputs[chosen], self.data.labels[chosen]
+        if self.batch is not None:
+            x, y = self.batch(x, y, self.draws)
+        x = as_float(augment(x, self.recipe.augment, self.crops)).contiguous(memory_format=torch.channels_last)
+        with autocast(self.recipe.precision, x.device), _explained(len(x)):
+            done = self.objective(self.model, x, y)
+        self.optimizer.zero_grad(set_to_none=True)
+        done.loss.backward()  # type: ignore[no-untyped-call]
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_norm)
+        self.optimizer.step()
+        if self.after_step is not None:
+            self.after_step(self.model)
+        _add(totals, done, y, len(x))
+        return len(x)
 
 
 def _add(totals: dict[str, Tensor], done: Step, y: Tensor, count: int) -> None:
     """Sum on the device; nothing is read back before the epoch's end."""
     with torch.no_grad():
-        parts = {"loss": done.loss, **done.terms}
+        parts = {**done.terms, "loss": done.loss}
         for key, value in parts.items():
             value = value.detach().double() * count
             totals[key] = totals[key] + value if key in totals else value
@@ -234,10 +298,16 @@ def _add(totals: dict[str, Tensor], done: Step, y: Tensor, count: int) -> None:
         totals["accuracy"] = totals["accuracy"] + right if "accuracy" in totals else right
 
 
-def _explained(error: ValueError, count: int) -> Exception:
-    if "more than 1 value per channel" in str(error):
-        return DataError(f"BatchNorm cannot train on a batch of {count} image: give at least two samples")
-    return error
+@contextmanager
+def _explained(count: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            f"BatchNorm cannot train on a batch of {count} image: at least two samples and a batch_size of 2 are needed"
+        ) from error
 
 
 def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:

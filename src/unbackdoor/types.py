@@ -118,7 +118,13 @@ class Samples:
         return self.select((~out).nonzero()[:, 0]), self.select(out.nonzero()[:, 0])
 
     def draw(self, per_class: int, generator: torch.Generator) -> Samples:
-        """``per_class`` samples of each class (all of them where a class has fewer), in their given order."""
+        """``per_class`` samples of each class (all of them where a class has fewer), in their given order.
+
+        Raises:
+            DataError: ``per_class`` is below 1.
+        """
+        if per_class < 1:
+            raise DataError(f"per_class must be at least 1, not {per_class}")
         labels = self.labels.cpu()
         order = torch.randperm(len(labels), generator=generator)
         chosen = [order[labels[order] == c][:per_class] for c in range(self.num_classes)]

@@ -61,7 +61,7 @@ def poison(samples: Samples, attack: Attack, rng: Rng) -> Samples:
     """The training set as the attacker hands it over: uint8 stays uint8 (rounded), the rest is untouched."""
     chosen = attack.plan(samples.labels, samples.num_classes, rng).to(samples.device)
     inputs, labels = samples.inputs.clone(), samples.labels.clone()
-    for part in chosen.split(4096):
+    for part in torch.split(chosen, 4096):
         stamped = attack.trigger(as_float(inputs[part])).clamp(0, 1)
         if inputs.dtype == torch.uint8:
             stamped = stamped.mul(255).round()

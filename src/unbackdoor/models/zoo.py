@@ -29,10 +29,10 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
-        skip = self.shortcut(out) if hasattr(self, "shortcut") else x
-        out = self.conv1(out)
-        return self.conv2(F.relu(self.bn2(out))) + skip
+        active = F.relu(self.bn1(x))
+        skip: Tensor = self.shortcut(active) if hasattr(self, "shortcut") else x
+        out: Tensor = skip + self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out
 
 
 class PreActResNet(nn.Module):
@@ -58,7 +58,8 @@ class PreActResNet(nn.Module):
         x = self.conv1(x)
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        out: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return out
 
 
 def preact_resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> nn.Module:
@@ -86,7 +87,8 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+        out: Tensor = self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+        return out
 
 
 def _vgg(plan: tuple[int | str, ...], num_classes: int, in_channels: int, width: int) -> nn.Module:
