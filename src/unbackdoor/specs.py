@@ -142,11 +142,27 @@ def build(kind: Kind, text: str) -> Any:
     return construct(lookup(kind, name), name, arguments)
 
 
+def presets_of(cls: type[Any]) -> dict[str, dict[str, Any]]:
+    """A class's named settings: preset -> the fields that it sets. The defaults are the preset "default"."""
+    own = getattr(cls, "PRESETS", None)
+    return {"default": {}, **own} if own else {}
+
+
 def construct(cls: type[Any], name: str, arguments: dict[str, Any]) -> Any:
-    """Make a frozen dataclass from keyword arguments, checking names and types."""
+    """Make a frozen dataclass from keyword arguments, checking names and types.
+
+    Where the class has presets, ``preset=NAME`` sets that preset's fields first and the others on top of them.
+    """
     hints = typing.get_type_hints(cls)
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    presets = presets_of(cls)
     values = {}
+    if presets and "preset" in arguments:
+        chosen = arguments["preset"]
+        if chosen not in presets:
+            raise ConfigError(f"{name} has no preset {chosen!r}{suggestion(str(chosen), sorted(presets))}")
+        values = dict(presets[chosen])
+        arguments = {key: value for key, value in arguments.items() if key != "preset"}
     for key, value in arguments.items():
         if key not in fields:
             raise ConfigError(f"{name} has no field {key!r}{suggestion(key, fields)}")
@@ -225,12 +241,16 @@ def resolved(thing: Any, kind: Kind) -> dict[str, Any]:
 
 
 def text_of(thing: Any, kind: Kind) -> str:
-    """The spec of an object: its name and the fields that differ from their defaults."""
-    changed = [
-        f"{f.name}={_word(getattr(thing, f.name))}"
-        for f in dataclasses.fields(thing)
-        if f.init and getattr(thing, f.name) != _default(f)
-    ]
+    """The shortest spec of an object: its nearest preset, if it has any, and the fields that differ from that."""
+    values = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init}
+    defaults = {f.name: _default(f) for f in dataclasses.fields(thing) if f.init}
+    written = []
+    for preset, settings in (presets_of(type(thing)) or {"default": {}}).items():
+        usual = {**defaults, **settings}
+        words = [] if preset == "default" else [f"preset={_word(preset)}"]
+        words += [f"{key}={_word(value)}" for key, value in values.items() if value != usual[key]]
+        written.append(words)
+    changed = min(written, key=len)
     name = name_of(thing, kind)
     return f"{name}({', '.join(changed)})" if changed else name
 

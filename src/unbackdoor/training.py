@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class Recipe:
             CosineAnnealingLR with T_max=epochs); "multistep", ×0.1 at each of ``milestones`` (epochs); "one-cycle",
             linear warm-up over the first fifth, then linear to zero.
         clip_norm: largest global gradient norm, or None.
+        step_cap: no weight matrix or kernel gets a learning rate above ``step_cap`` times the RMS of its own entries,
+            or None. Adam's steps are as large as its learning rate whatever the gradient; the cap keeps them
+            proportionate in a tensor of small weights, such as a first layer that takes inputs in 0..255.
         label_smoothing: of the default objective.
         augment: "none", "crop" or "crop-flip", on the whole batch.
         precision: "auto" is bfloat16 autocast where the hardware has it; weights stay float32.
@@ -63,6 +66,7 @@ class Recipe:
     schedule: Schedule = "constant"
     milestones: tuple[int, ...] = ()
     clip_norm: float | None = None
+    step_cap: float | None = None
     label_smoothing: float = 0.0
     augment: Augmentation = "none"
     precision: Precision = "auto"
@@ -81,6 +85,7 @@ class Recipe:
         require(0 <= self.weight_decay < math.inf, "weight_decay", "a finite number, at least 0")
         require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "None or > 0")
+        require(self.step_cap is None or self.step_cap > 0, "step_cap", "None or > 0")
         for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("augment", Augmentation)):
             require(getattr(self, name) in get_args(choices), name, f"one of {', '.join(get_args(choices))}")
         require(self.precision in get_args(Precision), "precision", f"one of {', '.join(get_args(Precision))}")
@@ -261,7 +266,7 @@ class _Loop:
         for step, (start, end) in enumerate(pairwise(self.starts)):
             lr = self.recipe.lr * lr_factor(self.recipe, index, step, steps)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_share", 1.0)
             images += self._step(order[start:end], totals)
         totals["broken"] = torch.stack([p.detach().isfinite().logical_not().any() for p in self.trained]).any()
         # The one host sync of the epoch.
@@ -312,9 +317,10 @@ def _explained(count: int) -> Iterator[None]:
 
 def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser, fused."""
+    groups = _groups(parameters, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
@@ -322,7 +328,21 @@ def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.opti
             fused=True,
         )
     adam = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return adam(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    return adam(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+
+
+def _groups(parameters: list[nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
+    """One group, or with a ``step_cap`` one for each share of the learning rate."""
+    if recipe.step_cap is None:
+        return [{"params": parameters}]
+    groups: dict[float, list[nn.Parameter]] = {}
+    with torch.no_grad():
+        for p in parameters:
+            # A bias or a scale is no matrix: zeros are a usual start there, and say nothing about its size.
+            rms = p.square().mean().sqrt().item() if p.ndim > 1 else 0.0
+            share = min(1.0, recipe.step_cap * rms / recipe.lr) if rms > 0 else 1.0
+            groups.setdefault(share, []).append(p)
+    return [{"params": group, "lr_share": share} for share, group in groups.items()]
 
 
 def lr_factor(recipe: Recipe, epoch: int, step: int, steps: int) -> float:

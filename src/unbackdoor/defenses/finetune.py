@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import nn
 
@@ -34,7 +35,7 @@ class FineTune:
     schedule: Schedule = "cosine"
     augment: Augmentation = "crop"
     steady: bool = True
-    VERSION = 1
+    VERSION: ClassVar[int] = 1
 
     def __call__(self, model: nn.Module, clean: Samples, rng: Rng) -> Removal:
         """See :class:`unbackdoor.types.Defense`."""

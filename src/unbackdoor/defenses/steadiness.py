@@ -50,4 +50,6 @@ def steady_lr(
         lr *= FACTOR
     if lr == recipe.lr:
         return lr, ()
-    return lr, (f"the learning rate was lowered from {recipe.lr:g} to {lr:g}, since more broke the network in a short test",)
+    return lr, (
+        f"the learning rate was lowered from {recipe.lr:g} to {lr:g}, since more broke the network in a short test",
+    )

@@ -1,6 +1,6 @@
 """ULRL: unlearn to expose suspicious neurons, reset them, relearn while pushing them away from what they were.
 
-Source: arXiv 2405.14781 and the authors' released v1 code. ``preset="authors-v1"`` follows the release to the letter;
+Source: arXiv 2405.14781 and the authors' released v1 code. The preset "authors-v1" follows the release to the letter;
 the general form scores any layers of any network.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from unbackdoor.training import EndOfEpoch, Recipe, Step, fit
 from unbackdoor.types import Epoch, Phase, Removal, Samples, Trace, UnitScores
 
 #: 1 / Φ⁻¹(3/4): makes the median absolute deviation a standard deviation for normal data.
-_MAD_TO_SIGMA = 1.4826
+MAD_TO_SIGMA = 1.4826
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +31,21 @@ class ULRL:
     """Unlearn–relearn.
 
     Attributes:
-        preset: "authors-v1" replaces layers, by, cap, steady and the training settings that it names by the release's
-            (below); "default" is the general form.
         layers: "head", the classifier's rows (v1); "all", the output units of every linear and convolution layer.
         threshold: z above which a unit is flagged.
         cap: most units flagged in a layer, or None.
-        by: which units the cap keeps: the highest "score" (ours) or the lowest "index" (the release).
-        unlearn_lr, unlearn_epochs, unlearn_stop: gradient ascent until the running accuracy is at most ``unlearn_stop``.
+        by: which units the cap keeps: the highest "score" (ours) or the lowest "index" (the release, which favours
+            class 0, the usual default target).
+        unlearn_lr, unlearn_epochs, unlearn_stop: gradient ascent, until the epoch's running accuracy is at most
+            ``unlearn_stop``.
         relearn_lr, relearn_epochs, alpha: SGD with a cosine schedule; alpha weighs the sum of signed cosines.
-        double_bn: a second train-mode forward after each relearning step, as the release runs it.
-        augment: "crop", or "crop-flip" where a flip preserves the label, or "none".
+        batch_size: images a step, in both phases.
+        double_bn: a second train-mode forward after each relearning step, as the release runs it, so that BatchNorm's
+            statistics move twice a batch.
+        augment: "crop", or "crop-flip" where a flip preserves the label, or "none"; in both phases.
         steady: lower a learning rate that would break the network (ours).
     """
 
-    preset: Literal["default", "authors-v1"] = "default"
     layers: Literal["head", "all"] = "all"
     threshold: float = 3.5
     cap: int | None = None
@@ -59,4 +60,173 @@ class ULRL:
     double_bn: bool = False
     augment: Augmentation = "crop"
     steady: bool = True
-    VERSION = 1
+    VERSION: ClassVar[int] = 1
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "authors-v1": {
+            "layers": "head",
+            "threshold": 3.5,
+            "cap": 2,
+            "by": "index",
+            "unlearn_lr": 0.01,
+            "unlearn_epochs": 20,
+            "unlearn_stop": 0.20,
+            "relearn_lr": 0.005,
+            "relearn_epochs": 20,
+            "alpha": 0.7,
+            "batch_size": 128,
+            "double_bn": False,
+            "augment": "crop-flip",
+            "steady": False,
+        },
+    }
+
+    def __post_init__(self) -> None:
+        if self.threshold <= 0:
+            raise ConfigError(f"threshold must be > 0, not {self.threshold}")
+        if self.cap is not None and self.cap < 1:
+            raise ConfigError(f"cap must be None or at least 1, not {self.cap}")
+        if not 0 <= self.unlearn_stop < 1:
+            raise ConfigError(f"unlearn_stop must be in [0, 1), not {self.unlearn_stop}")
+
+    def __call__(self, model: nn.Module, clean: Samples, rng: Rng) -> Removal:
+        """See :class:`unbackdoor.types.Defense`.
+
+        Raises:
+            UnsupportedModel: ``layers="head"`` and no classification head was found, or there are no unit layers.
+        """
+        notes: list[str] = []
+        names = [layer.name for layer in self._scored(model, clean)]
+        unlearned, ascent = self._unlearn(model, clean, rng.child("unlearn"), notes)
+        scores = [self.score(before, after) for before, after in _pairs(model, unlearned, names)]
+        flagged = sum(len(s.flagged) for s in scores)
+        if not flagged:
+            notes.append("no unit was flagged: what follows is plain fine-tuning")
+        cleaned, relearning = self._relearn(model, clean, scores, rng.child("relearn"), notes)
+        phases = (Phase("unlearn", tuple(ascent)), Phase("relearn", tuple(relearning)))
+        values: dict[str, float | int | str | bool] = {
+            "flagged units": flagged,
+            "scored units": sum(len(s.scores) for s in scores),
+            "unlearning epochs": len(ascent),
+        }
+        return Removal(cleaned, Trace(phases, tuple(scores), values, tuple(notes)))
+
+    def _scored(self, model: nn.Module, clean: Samples) -> list[UnitLayer]:
+        return [find_head(model, clean)] if self.layers == "head" else unit_layers(model)
+
+    def _unlearn(self, model: nn.Module, clean: Samples, rng: Rng, notes: list[str]) -> tuple[nn.Module, list[Epoch]]:
+        """Phase 1: maximise the cross-entropy on a copy, which only serves to score."""
+        recipe = Recipe(
+            epochs=self.unlearn_epochs,
+            batch_size=self.batch_size,
+            lr=self.unlearn_lr,
+            weight_decay=5e-4,
+            schedule="multistep",
+            milestones=(10, 20),
+            clip_norm=20.0,
+            augment=self.augment,
+        )
+        tries = 1 if not self.steady else 4
+        for attempt in range(tries):
+            copied = copy.deepcopy(model)
+            try:
+                epochs = fit(copied, clean, recipe, rng, objective=_ascent, until=self._unlearned, name="unlearn")
+            except TrainingDiverged:
+                if attempt == tries - 1:
+                    raise
+                recipe = replace(recipe, lr=recipe.lr / 10)
+                notes.append(f"unlearning diverged and was run again at learning rate {recipe.lr:g}")
+                continue
+            break
+        if epochs[-1].accuracy > self.unlearn_stop:
+            notes.append(
+                f"unlearning ended after {len(epochs)} epochs at {epochs[-1].accuracy:.1%} accuracy, "
+                f"above the {self.unlearn_stop:.0%} it was meant to reach: the scores may be faint"
+            )
+        return copied, epochs
+
+    def _unlearned(self, _: nn.Module, epoch: EndOfEpoch) -> bool:
+        return epoch.accuracy <= self.unlearn_stop
+
+    def score(self, before: UnitLayer, after: UnitLayer) -> UnitScores:
+        """A layer's scores: s_i = Σ_j |W1_ij − W0_ij|, their median and MAD, z_i and the flagged set."""
+        s = (after.rows() - before.rows()).detach().double().abs().sum(1).cpu()
+        median = s.median()  # torch's, the lower middle for an even count, as in the release
+        mad = (s - median).abs().median()
+        # Equal scores have no outliers; the guard keeps 0/0 and a lone deviation over 0 finite.
+        scale = MAD_TO_SIGMA * mad if mad > 0 else torch.tensor(1e-12, dtype=torch.float64)
+        z = (s - median).abs() / scale
+        outliers = [i for i in range(len(s)) if z[i] > self.threshold and s[i] > median]
+        if self.cap is not None and len(outliers) > self.cap:
+            ranked = sorted(outliers, key=lambda i: -float(s[i])) if self.by == "score" else outliers
+            outliers = sorted(ranked[: self.cap])
+        return UnitScores(before.name, tuple(s.tolist()), median.item(), mad.item(), tuple(z.tolist()), tuple(outliers))
+
+    def _relearn(
+        self, model: nn.Module, clean: Samples, scores: list[UnitScores], rng: Rng, notes: list[str]
+    ) -> tuple[nn.Module, list[Epoch]]:
+        """Phase 2, from the given weights again: reset the flagged units, then fit while pushing them away."""
+        cleaned = copy.deepcopy(model)
+        layers = {layer.name: layer for layer in unit_layers(cleaned)}
+        pushed: list[tuple[UnitLayer, Tensor, Tensor]] = []
+        resets = rng.stream("reset")
+        for found in scores:
+            if found.flagged:
+                layer = layers[found.layer]
+                units = torch.tensor(found.flagged, device=layer.weight.device)
+                pushed.append((layer, units, layer.rows()[units].detach().clone()))
+                reset_units(layer, found.flagged, resets)
+        recipe = Recipe(
+            epochs=self.relearn_epochs,
+            batch_size=self.batch_size,
+            lr=self.relearn_lr,
+            schedule="epoch-cosine",
+            augment=self.augment,
+        )
+        objective = _Relearning(pushed, self.alpha)
+        if self.steady:
+            lr, more = steady_lr(cleaned, clean, recipe, rng.child("steady"))
+            recipe, notes[:] = replace(recipe, lr=lr), [*notes, *more]
+        epochs = fit(
+            cleaned,
+            clean,
+            recipe,
+            rng.child("fit"),
+            objective=objective,
+            after_step=objective.second_forward if self.double_bn else None,
+            name="relearn",
+        )
+        return cleaned, epochs
+
+
+def _pairs(model: nn.Module, changed: nn.Module, names: list[str]) -> list[tuple[UnitLayer, UnitLayer]]:
+    before = {layer.name: layer for layer in unit_layers(model)}
+    after = {layer.name: layer for layer in unit_layers(changed)}
+    return [(before[name], after[name]) for name in names]
+
+
+def _ascent(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    logits = model(x)
+    return Step(-F.cross_entropy(logits.float(), y), logits)
+
+
+class _Relearning:
+    """CE + α · Σ cos(w_i, V_i) over the reset units: signed, so that the optimum points away; biases left out."""
+
+    def __init__(self, pushed: list[tuple[UnitLayer, Tensor, Tensor]], alpha: float) -> None:
+        self.pushed, self.alpha = pushed, alpha
+        self.images: Tensor | None = None
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Step:
+        self.images = x
+        logits = model(x)
+        entropy = F.cross_entropy(logits.float(), y)
+        if not self.pushed:
+            return Step(entropy, logits, {"cross_entropy": entropy})
+        parts = [F.cosine_similarity(layer.rows()[units].float(), old.float()) for layer, units, old in self.pushed]
+        cosines = torch.cat(parts).sum()
+        return Step(entropy + self.alpha * cosines, logits, {"cross_entropy": entropy, "cosines": cosines})
+
+    def second_forward(self, model: nn.Module) -> None:
+        assert self.images is not None
+        with torch.no_grad():
+            model(self.images)
