@@ -16,9 +16,13 @@ Augmentation = Literal["none", "crop", "crop-flip"]
 PADDING_AT_32 = 4
 
 
+#: Below this size a shift of one pixel is as much as six at 32: such images are not cropped.
+SMALLEST_CROPPED = 16
+
+
 def padding_for(size: int) -> int:
-    """The crop's padding for images of ``size`` pixels: 4 at 32, 3 at 28, 28 at 224, at least 1."""
-    return max(1, size * PADDING_AT_32 // 32)
+    """The crop's padding in pixels for images of ``size`` pixels: 4 at 32, 3 at 28, 28 at 224, none below 16."""
+    return size * PADDING_AT_32 // 32 if size >= SMALLEST_CROPPED else 0
 
 
 def augment(x: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:

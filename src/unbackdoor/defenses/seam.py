@@ -1,0 +1,428 @@
+"""SEAM, selective amnesia: forget both tasks on random labels, then recover the primary one on true labels.
+
+Source: arXiv 2212.04687 and the authors' public code; the presets name which. The default is ours: it searches the
+strongest recovery that keeps the skill on held-out clean samples. Nothing here sees a test set, a trigger or a target.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unbackdoor.augmentation import Augmentation
+from unbackdoor.errors import ConfigError, TrainingDiverged
+from unbackdoor.inference import Fit, measure
+from unbackdoor.rng import Rng
+from unbackdoor.training import BatchHook, EndOfEpoch, Optimizer, Recipe, Schedule, Step, fit
+from unbackdoor.types import Epoch, Phase, Removal, Samples, Trace
+
+#: An epoch over a handful of samples is one step; more of them than this are not run.
+MOST_EPOCHS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class SEAM:
+    """Selective amnesia.
+
+    Attributes:
+        held_out: share of the clean samples, by class, on which the stop rules and the choice of strength look.
+        wrong_label: "not-true", uniform over the other classes; "any", uniform over all. Redrawn for every batch. With
+            two classes "not-true" would be a fixed flip, which teaches the inverse of the task instead of forgetting
+            it; there "any" is used in its place, and the trace says so.
+        forget_share: share of the samples used to forget, drawn by class and at least one a class; 1 is all of them.
+        forget_per_class: instead, so many a class, drawn with replacement; 0 is off.
+        forget_optimizer, forget_lr, forget_weight_decay, forget_epochs: the forgetting's training.
+        forget_stop: stop after an epoch whose accuracy is below "chance", min(2/C, 0.6), with two classes also a loss
+            of at least 0.95 · ln 2; "2/C"; "half", 0.5; or "never".
+        forget_stop_on: where that accuracy is measured, on the "held-out" samples or the "forget-set" itself.
+        forget_patience: how many epochs must have been below before it stops.
+        recover_optimizer, recover_betas, recover_lr, recover_weight_decay, recover_schedule: the recovery's training.
+        recover_epochs: epochs at most.
+        recover_images: instead, where above 0: as many epochs as pass about so many images, so that a recovery means
+            the same at every number of samples (at most 300 epochs).
+        recover_stop: "plateau", ten epochs without a better held-out loss; "credits", the authors' rule, ``recover_credits``
+            of which one is lost per epoch with accuracy above ``recover_target``, or after epoch 50 with accuracy more
+            than 0.001 below the best; or "never".
+        recover_stop_on: where that accuracy is measured: "held-out", "recover-set", or "running" (train mode, over the
+            epoch).
+        distill: weight of a second term in the recovery: the divergence from the given network's outputs on the same
+            clean batch, at temperature 2. It carries the skill back; no triggered input is ever among them.
+        strengths: factors of ``recover_lr``, tried upwards from 1 while the held-out accuracy stays within ``tolerance``
+            (or one standard error) of what it was, downwards if even 1 does not keep it; the strongest that does is
+            kept. A single strength is not searched.
+        tolerance: accuracy that may be lost on the held-out samples, in [0, 1].
+        refit: run the chosen strength once more with the held-out samples joined to the others.
+        step_cap: see :class:`unbackdoor.training.Recipe`.
+        augment: "crop", "crop-flip" where a flip preserves the label, or "none"; in both phases.
+    """
+
+    held_out: float = 0.2
+    wrong_label: Literal["not-true", "any"] = "not-true"
+    forget_share: float = 1.0
+    forget_per_class: int = 0
+    forget_optimizer: Optimizer = "adamw"
+    forget_lr: float = 1e-3
+    forget_weight_decay: float = 0.0
+    forget_epochs: int = 30
+    forget_stop: Literal["chance", "2/C", "half", "never"] = "chance"
+    forget_stop_on: Literal["held-out", "forget-set"] = "held-out"
+    forget_patience: int = 1
+    recover_optimizer: Optimizer = "adamw"
+    recover_betas: tuple[float, float] = (0.9, 0.999)
+    recover_lr: float = 6e-3
+    recover_weight_decay: float = 1.0
+    recover_schedule: Schedule = "one-cycle"
+    recover_epochs: int = 40
+    recover_images: int = 24_000
+    recover_stop: Literal["plateau", "credits", "never"] = "never"
+    recover_stop_on: Literal["held-out", "recover-set", "running"] = "held-out"
+    recover_target: float = 1.0
+    recover_credits: int = 1
+    distill: float = 1.0
+    strengths: tuple[float, ...] = (0.1, 0.3, 1.0, 2.0, 4.0)
+    tolerance: float = 0.01
+    refit: bool = True
+    step_cap: float | None = 0.5
+    batch_size: int = 32
+    augment: Augmentation = "crop"
+    VERSION: ClassVar[int] = 1
+
+    #: What every fixed recipe has in common: one strength, no distillation, no step cap.
+    _PLAIN: ClassVar[dict[str, Any]] = {
+        "forget_optimizer": "adam",
+        "recover_optimizer": "adam",
+        "recover_weight_decay": 0.0,
+        "recover_schedule": "constant",
+        "recover_images": 0,
+        "distill": 0.0,
+        "strengths": (1.0,),
+        "refit": False,
+        "step_cap": None,
+        "augment": "none",
+    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "plain": {
+            **_PLAIN,
+            "recover_lr": 1e-3,
+            "recover_epochs": 100,
+            "recover_stop": "plateau",
+            "augment": "crop",
+        },
+        "authors-cifar10": {
+            **_PLAIN,
+            "forget_per_class": 5,
+            "forget_lr": 3e-5,
+            "forget_weight_decay": 5e-5,
+            "forget_epochs": 300,
+            "forget_stop": "2/C",
+            "recover_betas": (0.5, 0.9),
+            "recover_lr": 5e-4,
+            "recover_weight_decay": 5e-5,
+            "recover_epochs": 300,
+            "recover_stop": "credits",
+            "recover_target": 0.92,
+            "recover_credits": 10,
+        },
+        "authors-trojai-image": {
+            **_PLAIN,
+            "wrong_label": "any",
+            "forget_lr": 5e-4,
+            "forget_weight_decay": 5e-4,
+            "forget_epochs": 300,
+            "forget_stop": "2/C",
+            "forget_patience": 10,
+            "recover_betas": (0.9, 0.5),
+            "recover_lr": 5e-4,
+            "recover_weight_decay": 5e-5,
+            "recover_epochs": 300,
+            "recover_stop": "credits",
+            "recover_target": 0.99,
+            "recover_credits": 10,
+        },
+        "authors-2022-08": {
+            **_PLAIN,
+            "wrong_label": "any",
+            "forget_share": 0.01,
+            "forget_optimizer": "sgd",
+            "forget_lr": 1e-2,
+            "forget_weight_decay": 5e-4,
+            "forget_epochs": 3,
+            "forget_stop": "half",
+            "recover_optimizer": "sgd",
+            "recover_lr": 1e-3,
+            "recover_epochs": 10,
+            "recover_stop": "credits",
+            "recover_stop_on": "running",
+            "recover_target": 0.9,
+        },
+        "toolbox": {
+            **_PLAIN,
+            "forget_share": 0.1,
+            "forget_lr": 1e-3,
+            "forget_epochs": 10,
+            "forget_stop_on": "forget-set",
+            "recover_lr": 1e-3,
+            "recover_epochs": 100,
+            "recover_stop": "credits",
+            "recover_stop_on": "recover-set",
+            "recover_target": 0.97,
+        },
+    }
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out must lie between 0 and 1, not {self.held_out}")
+        if not 0 < self.forget_share <= 1:
+            raise ConfigError(f"forget_share must be in (0, 1], not {self.forget_share}")
+        if not self.strengths or min(self.strengths) <= 0:
+            raise ConfigError(f"strengths must be one or more factors > 0, not {self.strengths}")
+        if self.forget_patience < 1 or self.recover_credits < 1:
+            raise ConfigError("forget_patience and recover_credits must be at least 1")
+        if self.distill < 0 or self.tolerance < 0:
+            raise ConfigError("distill and tolerance must be at least 0")
+
+    def __call__(self, model: nn.Module, clean: Samples, rng: Rng) -> Removal:
+        """See :class:`unbackdoor.types.Defense`."""
+        return _Amnesia(self, model, clean, rng).run()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One strength: the recovered model, its phases, and its fit on the held-out samples."""
+
+    strength: float
+    model: nn.Module
+    phases: tuple[Phase, ...]
+    held_out: Fit
+
+
+class _Amnesia:
+    """One run: what the settings, the given model, the samples and the generator make of each other."""
+
+    def __init__(self, settings: SEAM, model: nn.Module, clean: Samples, rng: Rng) -> None:
+        self.settings, self.given, self.rng = settings, model, rng
+        self.notes: list[str] = []
+        rest, held_out = clean.split(settings.held_out, rng.stream("held-out"))
+        if held_out is None:
+            self.notes.append(
+                "no class has two samples: nothing could be held out, the rules look at the training samples"
+            )
+        self.clean, self.rest, self.watched = clean, rest, held_out or rest
+        self.before = measure(model, self.watched)
+        self.classes = clean.num_classes
+        self.wrong_label = settings.wrong_label
+        if self.classes == 2 and self.wrong_label == "not-true":
+            self.wrong_label = "any"
+            self.notes.append(
+                "two classes: random labels are drawn from both, since a fixed flip would not be forgetting"
+            )
+
+    def run(self) -> Removal:
+        chosen, tried = self._search()
+        keeps = self._keeps(chosen)
+        phases = chosen.phases
+        if self.settings.refit and len(self.rest) < len(self.clean):
+            # The same generators: the refit differs from the trial by the samples that join, and by nothing else.
+            again = self._trial(chosen.strength, self.clean, "all samples")
+            if again is not None and self._keeps(again):
+                chosen, phases = again, (*phases, *again.phases)
+            else:
+                self.notes.append(
+                    "training on all samples lost what the trial had kept: the trial's network is returned"
+                )
+        if not keeps:
+            self.notes.append(
+                "no strength kept the accuracy on the held-out samples: the one that kept most is returned"
+            )
+        values: dict[str, float | int | str | bool] = {
+            "strength": chosen.strength,
+            "strengths tried": " ".join(f"{t.strength:g}" for t in tried),
+            "held-out accuracy before": self.before.accuracy,
+            "held-out accuracy of the trial": next(t.held_out.accuracy for t in tried if t.strength == chosen.strength),
+            "held-out samples": len(self.watched),
+        }
+        return Removal(chosen.model, Trace(phases, (), values, tuple(self.notes)))
+
+    def _search(self) -> tuple[_Trial, list[_Trial]]:
+        """The strongest strength that keeps the accuracy, and all that were tried."""
+        tried: list[_Trial] = []
+
+        def attempt(strength: float) -> _Trial | None:
+            trial = self._trial(strength, self.rest, f"strength {strength:g}")
+            if trial is not None:
+                tried.append(trial)
+            return trial
+
+        ordered = sorted(self.settings.strengths)
+        start = min(range(len(ordered)), key=lambda i: abs(math.log(ordered[i])))
+        best = None
+        for strength in ordered[start:]:
+            trial = attempt(strength)
+            if trial is None or not self._keeps(trial):
+                break
+            best = trial
+        if best is None:
+            for strength in reversed(ordered[:start]):
+                trial = attempt(strength)
+                if trial is not None and self._keeps(trial):
+                    best = trial
+                    break
+        if not tried:
+            raise TrainingDiverged(f"SEAM diverged at every strength ({', '.join(f'{s:g}' for s in ordered)})")
+        return best or max(tried, key=lambda t: (t.held_out.accuracy, -t.held_out.loss)), tried
+
+    def _keeps(self, trial: _Trial) -> bool:
+        """Whether the loss of held-out accuracy is within the tolerance, or within one standard error."""
+        p = self.before.accuracy
+        error = math.sqrt(max(p * (1 - p), 1e-4) / len(self.watched))
+        return self.before.accuracy - trial.held_out.accuracy <= max(self.settings.tolerance, error) + 1e-9
+
+    def _trial(self, strength: float, samples: Samples, name: str) -> _Trial | None:
+        model = copy.deepcopy(self.given)
+        try:
+            forgotten = self._forget(model, samples)
+            recovered = self._recover(model, samples, strength, name)
+        except TrainingDiverged as error:
+            self.notes.append(f"strength {strength:g}: {error}")
+            return None
+        phases = (Phase(f"forget ({name})", tuple(forgotten)), Phase(f"recover ({name})", tuple(recovered)))
+        return _Trial(strength, model, phases, measure(model, self.watched))
+
+    def _forget(self, model: nn.Module, samples: Samples) -> list[Epoch]:
+        s = self.settings
+        chosen = self._forget_set(samples)
+        recipe = Recipe(
+            epochs=s.forget_epochs,
+            batch_size=s.batch_size,
+            optimizer=s.forget_optimizer,
+            lr=s.forget_lr,
+            weight_decay=s.forget_weight_decay,
+            step_cap=s.step_cap,
+            augment=s.augment,
+        )
+        looked_at = self.watched if s.forget_stop_on == "held-out" else chosen
+        until = _Forgotten(s.forget_stop, self.classes, looked_at, s.forget_patience)
+        law = redraw_labels(self.classes, self.wrong_label)
+        epochs = fit(model, chosen, recipe, self.rng.child("forget"), batch=law, until=until, name="forget")
+        if until.below < until.patience and s.forget_stop != "never":
+            self._note(f"forgetting ended after {len(epochs)} epochs without reaching its stop rule ({s.forget_stop})")
+        return epochs
+
+    def _forget_set(self, samples: Samples) -> Samples:
+        s, generator = self.settings, self.rng.stream("forget-set")
+        labels = samples.labels.cpu()
+        if s.forget_per_class:
+            present = [(labels == c).nonzero()[:, 0] for c in torch.unique(labels).tolist()]
+            draws = [m[torch.randint(len(m), (s.forget_per_class,), generator=generator)] for m in present]
+            return samples.select(torch.cat(draws))
+        if s.forget_share == 1:
+            return samples
+        order = torch.randperm(len(labels), generator=generator)
+        members = [order[labels[order] == c] for c in torch.unique(labels).tolist()]
+        return samples.select(torch.cat([m[: max(1, round(s.forget_share * len(m)))] for m in members]).sort().values)
+
+    def _recover(self, model: nn.Module, samples: Samples, strength: float, name: str) -> list[Epoch]:
+        s = self.settings
+        wanted = round(s.recover_images / len(samples)) if s.recover_images else s.recover_epochs
+        recipe = Recipe(
+            epochs=min(MOST_EPOCHS, max(1, wanted)),
+            batch_size=s.batch_size,
+            optimizer=s.recover_optimizer,
+            betas=s.recover_betas,
+            lr=s.recover_lr * strength,
+            weight_decay=s.recover_weight_decay,
+            schedule=s.recover_schedule,
+            step_cap=s.step_cap,
+            augment=s.augment,
+        )
+        looked_at = {"held-out": self.watched, "recover-set": samples, "running": None}[s.recover_stop_on]
+        until = _Recovered(s, looked_at)
+        objective = Distillation(copy.deepcopy(self.given).eval(), s.distill) if s.distill else None
+        rng = self.rng.child("recover")
+        return fit(model, samples, recipe, rng, objective=objective, until=until, name=f"recover ({name})")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def redraw_labels(classes: int, law: Literal["not-true", "any"]) -> BatchHook:
+    """A batch hook that draws every label anew: uniform over the other classes, or over all of them."""
+
+    def redraw(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if law == "any":
+            return x, torch.randint(0, classes, y.shape, generator=generator).to(y.device)
+        shift = torch.randint(1, classes, y.shape, generator=generator).to(y.device)
+        return x, (y + shift) % classes
+
+    return redraw
+
+
+class Distillation:
+    """CE on true labels + weight · T² · KL(given network ‖ model), both on the same augmented clean batch."""
+
+    def __init__(self, teacher: nn.Module, weight: float, temperature: float = 2.0) -> None:
+        self.teacher, self.weight, self.temperature = teacher, weight, temperature
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Step:
+        logits = model(x)
+        with torch.no_grad():
+            wanted = F.log_softmax(self.teacher(x).float() / self.temperature, 1)
+        entropy = F.cross_entropy(logits.float(), y)
+        ours = F.log_softmax(logits.float() / self.temperature, 1)
+        gap = F.kl_div(ours, wanted, log_target=True, reduction="batchmean") * self.temperature**2
+        return Step(entropy + self.weight * gap, logits, {"cross_entropy": entropy, "distillation": gap})
+
+
+class _Forgotten:
+    """The forgetting's stop rule; counts the epochs that were below."""
+
+    def __init__(self, rule: str, classes: int, samples: Samples, patience: int) -> None:
+        self.samples, self.patience, self.below = samples, patience, 0
+        self.accuracy = {"chance": min(2 / classes, 0.6), "2/C": 2 / classes, "half": 0.5, "never": -1.0}[rule]
+        # With two classes the accuracy rule is met by a network that has hardly begun to forget.
+        self.loss = 0.95 * math.log(2) if rule == "chance" and classes == 2 else -math.inf
+
+    def __call__(self, model: nn.Module, epoch: EndOfEpoch) -> bool:
+        now = measure(model, self.samples)
+        epoch.measured.update(held_out_accuracy=now.accuracy, held_out_loss=now.loss)
+        self.below += now.accuracy < self.accuracy and now.loss >= self.loss
+        return self.below >= self.patience
+
+
+class _Recovered:
+    """The recovery's stop rule."""
+
+    #: Epochs without a better held-out loss after which "plateau" stops.
+    PATIENCE = 10
+    #: From this epoch on the authors' rule also takes a credit for an accuracy below the best.
+    LATE, DROP = 50, 1e-3
+
+    def __init__(self, settings: SEAM, samples: Samples | None) -> None:
+        self.settings, self.samples = settings, samples
+        self.credits = settings.recover_credits
+        self.best_accuracy, self.best_loss, self.stale = 0.0, math.inf, 0
+
+    def __call__(self, model: nn.Module, epoch: EndOfEpoch) -> bool:
+        if self.samples is None:
+            now = Fit(epoch.loss, epoch.accuracy)
+        else:
+            now = measure(model, self.samples)
+            epoch.measured.update(held_out_accuracy=now.accuracy, held_out_loss=now.loss)
+        self.stale = 0 if now.loss < self.best_loss else self.stale + 1
+        self.best_loss = min(self.best_loss, now.loss)
+        self.best_accuracy = max(self.best_accuracy, now.accuracy)
+        rule = self.settings.recover_stop
+        if rule == "plateau":
+            return self.stale >= self.PATIENCE
+        if rule == "credits":
+            late = epoch.index + 1 > self.LATE and now.accuracy < self.best_accuracy - self.DROP
+            self.credits -= now.accuracy > self.settings.recover_target or late
+            return self.credits <= 0
+        return False
