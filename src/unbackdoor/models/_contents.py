@@ -118,7 +118,9 @@ def read_contents(path: Path, *, permissive: bool = False) -> Contents:
     except CheckpointError as error:
         raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
     if archive.container == "pickle" and not permissive:
-        raise CheckpointError(f"{path} is a plain pickle, not a file of torch.save; save the state dict with torch.save")
+        raise CheckpointError(
+            f"{path} is a plain pickle, not a file of torch.save; save its state dict with torch.save"
+        )
     try:
         return _unwrap(archive)
     except CheckpointError as error:
@@ -149,7 +151,9 @@ def _safetensors(path: Path) -> Contents:
 
 
 def _unwrap(archive: Archive) -> Contents:
-    tree, wrapping, others = archive.tree, (), ()
+    tree = archive.tree
+    wrapping: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     entries: dict[str, Any] = {}
     if archive.container == "torchscript":
         refs = _collect(_script_tensors(tree, ()))

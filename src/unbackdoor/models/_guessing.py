@@ -136,7 +136,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return len({m.group(1) for n in shapes if (m := re.match(pattern, n))})
 
 
-_RESNETS = {
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
     (True, (3, 4, 6, 3)): "resnet50",
@@ -154,7 +154,9 @@ def _torchvision_resnet(shapes: Shapes) -> Guess | None:
     if len(stem) != 4 or stem[2] != 7 or "fc.weight" not in shapes:
         return None
     name = _RESNETS.get(("layer1.0.conv3.weight" in shapes, _stages(shapes)))
-    return Guess(f"torchvision:{name}", False, "names of torchvision's residual networks, with a 7×7 stem") if name else None
+    if name is None:
+        return None
+    return Guess(f"torchvision:{name}", False, "names of torchvision's residual networks, with a 7×7 stem")
 
 
 def _small_resnet(shapes: Shapes) -> Guess | None:
@@ -183,13 +185,17 @@ def _vision_transformer(shapes: Shapes) -> Guess | None:
     if "encoder.layers.encoder_layer_0.ln_1.weight" in shapes and "conv_proj.weight" in shapes:
         dim, _, patch, _ = shapes["conv_proj.weight"]
         letter = {768: "b", 1024: "l", 1280: "h"}.get(dim)
-        return Guess(f"torchvision:vit_{letter}_{patch}", False, f"a ViT of torchvision for {size} pixels") if letter else None
+        if letter is None:
+            return None
+        return Guess(f"torchvision:vit_{letter}_{patch}", False, f"a ViT of torchvision for {size} pixels")
     if "patch_embed.proj.weight" in shapes and "blocks.0.attn.qkv.weight" in shapes and size is not None:
         dim, _, patch, _ = shapes["patch_embed.proj.weight"]
         word = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(dim)
         kind = "deit" if "dist_token" in shapes else "vit"
-        nominal = 224 if size == 224 else 384 if size == 384 else 224
-        return Guess(f"timm:{kind}_{word}_patch{patch}_{nominal}", False, f"a ViT of timm for {size} pixels") if word else None
+        nominal = 384 if size == 384 else 224
+        if word is None:
+            return None
+        return Guess(f"timm:{kind}_{word}_patch{patch}_{nominal}", False, f"a ViT of timm for {size} pixels")
     return None
 
 

@@ -1,8 +1,8 @@
 """Makes a network out of a pickled whole module, with classes of an allow-list alone.
 
-The objects are made by this file from the inert tree, not by an unpickler: a module is an empty object of its class whose
-attributes are then set. So no constructor runs with arguments from the file, and no attribute may stand in for a method
-or bring a hook; what the network computes is what its class's own ``forward`` does with the weights and settings given.
+The objects are made by this file from the inert tree, not by an unpickler: a module is an empty object of its class
+whose attributes are then set. So no constructor runs with arguments from the file, and no attribute may stand in for a
+method or bring a hook; what the network computes is what its class's own ``forward`` does with these weights.
 Classes of ``transformers`` are not on the list: they choose code by names in their configuration.
 """
 
@@ -115,6 +115,8 @@ class _Builder:
             return self._value(item.path)
         if item.path == "functools.partial":
             return self._partial(item)
+        if item.path == "builtins.getattr":
+            return self._attribute(item)
         if item.path == "torch.device":
             return torch.device("cpu")
         found = allowed_class(item.path)
@@ -144,6 +146,13 @@ class _Builder:
         if isinstance(found, str) or not path.startswith(_VALUE_PREFIXES):
             return self._refuse(path, found if isinstance(found, str) else "not allowed as a value")
         return found
+
+    def _attribute(self, item: Node) -> Any:
+        """``torch.relu`` and its like are pickled as an attribute of the class that holds torch's functions."""
+        owner, name = item.args if len(item.args) == 2 else (None, None)
+        if isinstance(owner, StubType) and owner.path == "torch._C._VariableFunctionsClass":
+            return self._value(f"torch.{name}")
+        return self._refuse(f"{owner!r}.{name}", "an attribute of an object in the file")
 
     def _partial(self, item: Node) -> Any:
         state = item.state if isinstance(item.state, tuple) else ()
@@ -175,7 +184,7 @@ class _Builder:
                 attributes[name] = self.build(value)
         if not self.refused:
             self._check(item.path, attributes)
-            module.__setstate__(attributes)
+            module.__setstate__(attributes)  # type: ignore[no-untyped-call]
         return module
 
     def _check(self, path: str, attributes: dict[str, Any]) -> None:

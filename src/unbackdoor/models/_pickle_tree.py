@@ -1,8 +1,8 @@
 """Reads a pickle into an inert tree: nothing that the pickle names is imported or called.
 
-Tensors become :class:`TensorRef` (where their bytes lie), objects of any class become :class:`Node` (what the pickle said
-about them). The few constructors that a tree of tensors is made of are replaced by the functions in ``_MACHINERY``.
-A call of something that has no business in a checkpoint, such as ``os.system``, ends the reading.
+Tensors become :class:`TensorRef` (where their bytes lie), objects of any class become :class:`Node` (what the pickle
+said about them). The few constructors that a tree of tensors is made of are replaced by those in ``_MACHINERY``. A call
+of something that has no business in a checkpoint, such as ``os.system``, ends the reading.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import pickle
 import pickletools
 import re
 import reprlib
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -50,14 +51,20 @@ KNOWN_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 
 #: Top-level modules through which code, files or the network can be reached.
 _DANGEROUS_MODULES = frozenset(
-    "os posix nt posixpath ntpath subprocess _posixsubprocess sys shutil importlib imp runpy socket _socket ssl http "
-    "urllib urllib2 urllib3 requests httpx aiohttp ftplib smtplib telnetlib socketserver xmlrpc webbrowser ctypes _ctypes "
-    "cffi pickle _pickle cPickle dill cloudpickle joblib marshal shelve codeop pty asyncio multiprocessing threading "
-    "_thread operator _operator inspect gc timeit cProfile pdb bdb doctest pydoc pip setuptools distutils pkgutil "
-    "zipimport tempfile fileinput linecache _io builtins popen2 idlelib lib2to3 ensurepip venv IPython antigravity".split()
+    """
+    os posix nt posixpath ntpath subprocess _posixsubprocess sys shutil importlib imp runpy socket _socket ssl http
+    urllib urllib2 urllib3 requests httpx aiohttp ftplib smtplib telnetlib socketserver xmlrpc webbrowser ctypes
+    _ctypes cffi pickle _pickle cPickle dill cloudpickle joblib marshal shelve codeop pty asyncio multiprocessing
+    threading _thread operator _operator inspect gc timeit cProfile pdb bdb doctest pydoc pip setuptools distutils
+    pkgutil zipimport tempfile fileinput linecache _io builtins popen2 idlelib lib2to3 ensurepip venv IPython
+    antigravity
+    """.split()  # noqa: SIM905 - a list of one word a line hides what is missing
 )
+_DANGEROUS_INSIDE = frozenset({"os", "posix", "nt", "subprocess", "sys", "builtins", "shutil", "importlib", "ctypes"})
 _HARMLESS_BUILTINS = frozenset(
-    "set frozenset complex bytearray list dict tuple int float str bytes bool slice range object long unicode".split()
+    """
+    set frozenset complex bytearray list dict tuple int float str bytes bool slice range object long unicode
+    """.split()  # noqa: SIM905 - a list of one word a line hides what is missing
 )
 _DANGEROUS_PREFIXES = (
     "torch.load",
@@ -99,7 +106,6 @@ _DANGEROUS_PREFIXES = (
     "profile.run",
     "trace.Trace",
 )
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg", "UserDict": "collections", "UserList": "collections"}
 
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STORAGES = {
@@ -118,7 +124,9 @@ _STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 #: Classes that say something about a tensor and stay nodes in the tree.
-_DATA_CLASSES = frozenset({"torch.device", "numpy.dtype", "numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"})
+_DATA_CLASSES = frozenset(
+    {"torch.device", "numpy.dtype", "numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"}
+)
 
 
 class _Sealed:
@@ -195,9 +203,12 @@ class Ledger:
         if not refused or (path == "builtins.getattr" and _reads_own_attribute(args)):
             return
         shown = ", ".join([*(_SHORT.repr(a) for a in args), *(f"{k}={_SHORT.repr(v)}" for k, v in kwargs.items())])
-        call = f"{path}({shown})"
+        self.refuse(f"{path}({shown})", refused)
+
+    def refuse(self, call: str, names: list[str]) -> None:
+        """End the reading at a dangerous call, or note it."""
         if not self.permissive:
-            raise UnsafeCheckpoint(f"it asks to call {call}; nothing was run", refused)
+            raise UnsafeCheckpoint(f"it asks to call {call}; nothing was run", names)
         self.dangerous_calls.append(call)
 
 
@@ -206,8 +217,10 @@ _SHORT.maxstring = _SHORT.maxother = 120
 
 
 def _reads_own_attribute(args: tuple[Any, ...]) -> bool:
-    """getattr(object of the pickle, "name"): how a bound method is pickled. On a class or module name it is an attack."""
-    return len(args) == 2 and isinstance(args[0], Node) and isinstance(args[1], str) and not args[1].startswith("_")
+    """getattr(object or class, "name") is how methods and functions such as ``torch.relu`` are pickled."""
+    if len(args) != 2 or not isinstance(args[1], str) or args[1].startswith("_"):
+        return False
+    return isinstance(args[0], Node) or (isinstance(args[0], StubType) and verdict(args[0].path) != "dangerous")
 
 
 class StubType(type):
@@ -247,6 +260,12 @@ class Node(metaclass=StubType):
         node.args, node.kwargs, node.called = args, kwargs, False
         node.state, node.listing, node.mapping = None, [], {}
         return node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Node:
+        """The pickle calls an object that it made, such as a method that it looked up: no checkpoint does that."""
+        made = f"{self.path}({', '.join(map(_SHORT.repr, self.args))})"
+        self.ledger.refuse(f"{made}({', '.join(map(_SHORT.repr, args))})", [self.path])
+        return self
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -297,13 +316,15 @@ def verdict(path: str) -> Verdict:
         return "known class"
     module, _, name = path.rpartition(".")
     root = path.partition(".")[0]
-    if path in _MACHINERY or path in _DATA_CLASSES or _storage_kind(module, name) or (module, name in _DTYPES) == ("torch", True):
+    typed = module == "torch" and name in _DTYPES
+    if path in _MACHINERY or path in _DATA_CLASSES or typed or _storage_kind(module, name):
         return "tensor machinery"
     if root == "__torch__":
         return "TorchScript"
     if module == "builtins" and name in _HARMLESS_BUILTINS:
         return "tensor machinery"
-    if root in _DANGEROUS_MODULES or path.startswith(_DANGEROUS_PREFIXES):
+    # In the middle: torch.serialization.os.system reaches the same through somebody's import.
+    if root in _DANGEROUS_MODULES or path.startswith(_DANGEROUS_PREFIXES) or _DANGEROUS_INSIDE & set(path.split(".")):
         return "dangerous"
     return "known class" if path.startswith(KNOWN_PREFIXES) else "unknown"
 
@@ -322,7 +343,8 @@ class _TreeUnpickler(pickle.Unpickler):
         self.resolved: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        module = _PYTHON_2.get(module, module)
+        # Protocol 2, which torch writes, has Python 2's names for what the standard library renamed.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         path = f"{module}.{name}"
         if path not in self.resolved:
             self.ledger.names[path] = None
@@ -367,7 +389,7 @@ def read_pickle(buffer: bytes | memoryview, ledger: Ledger) -> Any:
         raise CheckpointError(f"its pickle cannot be read: {str(error) or type(error).__name__}") from error
 
 
-def pickle_end(file: io.BufferedIOBase | Any) -> int:
+def pickle_end(file: IO[bytes]) -> int:
     """Where the pickle that begins at the file's position ends; checks what could exhaust memory on the way.
 
     Raises:
@@ -381,7 +403,7 @@ def pickle_end(file: io.BufferedIOBase | Any) -> int:
                 raise CheckpointError(f"its pickle has more than {MAX_OPCODES} opcodes")
             if opcode.name.startswith("EXT"):
                 raise CheckpointError(f"its pickle uses the opcode {opcode.name}, which no checkpoint needs")
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
                 raise CheckpointError("its pickle claims more remembered objects than it has")
     except (ValueError, IndexError, OverflowError, UnicodeDecodeError) as error:
         raise CheckpointError(f"its pickle is truncated or damaged: {error}") from error

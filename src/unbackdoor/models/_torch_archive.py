@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -83,8 +83,8 @@ class Archive:
             return
         with zipfile.ZipFile(self.path) as old, zipfile.ZipFile(target, "w") as new:
             for member in old.infolist():
-                content = places.get(member.filename)
-                _copy_member(old, new, member, old.read(member) if content is None else bytes(content))
+                content = places[member.filename] if member.filename in places else old.read(member)
+                _copy_member(new, member, content)
 
 
 def _content(path: Path, file: io.BufferedReader, members: zipfile.ZipFile | None, record: Record) -> bytearray:
@@ -100,7 +100,7 @@ def _content(path: Path, file: io.BufferedReader, members: zipfile.ZipFile | Non
     return content
 
 
-def _copy_member(old: zipfile.ZipFile, new: zipfile.ZipFile, member: zipfile.ZipInfo, content: bytes) -> None:
+def _copy_member(new: zipfile.ZipFile, member: zipfile.ZipInfo, content: bytes | bytearray) -> None:
     copy = zipfile.ZipInfo(member.filename, member.date_time)
     copy.compress_type = member.compress_type
     copy.external_attr = member.external_attr
@@ -194,7 +194,7 @@ def open_legacy(path: Path, ledger: Ledger) -> Archive:
         parts: list[Any] = []
         for _ in range(5):  # magic number, protocol, system, the object, the storages' keys
             begin = content.tell()
-            end = pickle_end(content)
+            end = pickle_end(cast("IO[bytes]", content))
             parts.append(read_pickle(content[begin:end], ledger))
             content.seek(end)
         records = _legacy_records(path, content, parts[4], ledger)

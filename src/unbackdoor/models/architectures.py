@@ -6,6 +6,7 @@ A spec is a name of the zoo (``preact_resnet18(width=16)``), ``timm:NAME``, ``to
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -42,9 +43,7 @@ _ALIASES = {
 }
 
 
-def build_network(
-    spec: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32, rng: Rng
-) -> nn.Module:
+def build_network(spec: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32, rng: Rng) -> nn.Module:
     """A new network with weights that depend on ``rng`` alone.
 
     Arguments in the spec go before ``num_classes``, ``in_channels`` and ``image_size``, each of which is passed on only
@@ -73,7 +72,7 @@ def resolve_spec(checkpoint: Checkpoint, arch: str | None) -> str | None:
         return guess.spec
     if checkpoint.whole_module:
         require_module(checkpoint)  # raises, and says why
-    hint = "" if guess is None else f" By its names it is {guess.spec or guess.why}" + (f" ({guess.why})." if guess.spec else ".")
+    hint = "" if guess is None else f" By its names it is {f'{guess.spec}: ' if guess.spec else ''}{guess.why}."
     raise CheckpointError(
         f"{checkpoint.path} holds weights alone; say with --arch which network they belong to, "
         f"such as preact_resnet18, torchvision:resnet18 or file.py:Class.{hint}"
@@ -231,8 +230,6 @@ def _made(network: Any) -> nn.Module:
 
 
 def _near(wrong: str, right: list[str]) -> str:
-    import difflib
-
     near = difflib.get_close_matches(wrong, right, n=3)
     return f"; did you mean {', '.join(near)}?" if near else ""
 

@@ -1,7 +1,7 @@
 """Reading the checkpoints that users have, without running anything in them, and writing cleaned weights back.
 
 What is trusted: safetensors files hold numbers only. The pickle in a file of torch.save is read as an inert tree (see
-:mod:`unbackdoor.models._pickle_tree`); no name in it is imported and no call in it is made, in either zip or legacy form.
+:mod:`unbackdoor.models._pickle_tree`); no name in it is imported and no call in it is made, be it zip or legacy.
 A whole pickled module becomes a network only if all its classes are on an allow-list
 (:mod:`unbackdoor.models._module_builder`). TorchScript is a program: its weights are read without loading it, and the
 program itself is loaded by torch only if it calls nothing beyond tensor operations; torch's own advice is to run
@@ -11,7 +11,6 @@ TorchScript of trusted origin alone, since its interpreter is no sandbox. ``trus
 from __future__ import annotations
 
 import copy
-import os
 import re
 import tempfile
 import warnings
@@ -45,7 +44,7 @@ class Checkpoint:
     Attributes:
         path: the file.
         container: "safetensors", "torch-zip", "torch-legacy" (torch.save before 1.6) or "torchscript".
-        state: parameters and persistent buffers, on the CPU in their stored dtypes, by name without wrapping and prefix.
+        state: parameters and persistent buffers, on the CPU in their stored dtypes, by name without prefix.
             Names whose tensors share memory in the file share it here.
         wrapping: the keys that lead to the weights, such as ``("state_dict",)``.
         prefix: what wrappers put before all names, such as ``"module."``.
@@ -235,7 +234,7 @@ def _replacing(path: Path, force: bool) -> Iterator[Path]:
     temporary = Path(folder) / path.name
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
