@@ -114,7 +114,13 @@ def test_prefix_needs_all_names_and_backbone_is_none(tmp_path: Path) -> None:
 
 def test_numbers_beside_the_weights_and_other_weights_are_told(tmp_path: Path) -> None:
     state = small().state_dict()
-    beside = {"epoch": 7, "best_acc": np.float64(0.5), "count": np.int64(4), "arch": "x", "args": types.SimpleNamespace()}
+    beside = {
+        "epoch": 7,
+        "best_acc": np.float64(0.5),
+        "count": np.int64(4),
+        "arch": "x",
+        "args": types.SimpleNamespace(),
+    }
     torch.save({"ema": state, "state_dict": state, **beside}, tmp_path / "c.pt")
     checkpoint = read_checkpoint(tmp_path / "c.pt")
     assert checkpoint.wrapping == ("state_dict",)
@@ -140,9 +146,9 @@ def test_dtypes_strides_and_empty_tensors(tmp_path: Path) -> None:
         writer(state, tmp_path / "c.pt")
         read = read_checkpoint(tmp_path / "c.pt").state
         assert {n: t.dtype for n, t in read.items()} == {n: t.dtype for n, t in state.items()}
-        for name in state:
-            assert torch.equal(read[name].float(), state[name].float()) if name != "complex" else True
-        assert torch.equal(read["complex"], state["complex"])
+        for name, tensor in state.items():
+            wide = torch.complex128 if tensor.is_complex() else torch.float64
+            assert torch.equal(read[name].to(wide), tensor.to(wide))
 
 
 @pytest.mark.parametrize("container", WRITERS)
@@ -158,11 +164,10 @@ def test_whole_module_of_known_classes_is_made(container: str, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["vit_b_32", "mobilenet_v3_small", "convnext_tiny", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_torchvision_modules(name: str, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
-    small_form = {"image_size": 32} if name == "vit_b_32" else {}
-    network = models.get_model(name, weights=None, num_classes=3, **small_form).eval()
+    network = models.get_model(name, weights=None, num_classes=3).eval()
     torch.save({"net": network, "acc": 1}, tmp_path / "c.pt")
     checkpoint = read_checkpoint(tmp_path / "c.pt")
     assert checkpoint.wrapping == ("net",)
@@ -170,6 +175,17 @@ def test_torchvision_modules(name: str, tmp_path: Path) -> None:
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(require_module(checkpoint)(x), network(x))
+
+
+def test_partials_of_known_classes(tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision.models")
+    network = models.VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8).eval()
+    assert isinstance(network.norm_layer, functools.partial)
+    torch.save(network, tmp_path / "c.pt")
+    made = require_module(read_checkpoint(tmp_path / "c.pt"))
+    assert (made.norm_layer.func, made.norm_layer.keywords) == (nn.LayerNorm, {"eps": 1e-6})
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(made(x), network(x))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -249,6 +265,9 @@ class Evil:
     def __reduce__(self) -> Any:
         return self.call
 
+    def __call__(self) -> None:
+        """pickle wants what is called to be callable."""
+
 
 def calls(proof: Path) -> dict[str, tuple[Any, str]]:
     return {
@@ -304,7 +323,7 @@ def test_malicious_plain_pickle_is_refused(protocol: int, tmp_path: Path) -> Non
         b"(S'touch PROOF'\nios\nsystem\n.",  # INST
         b"(cos\nsystem\nS'touch PROOF'\no.",  # OBJ
         b"\x80\x02cos\nsystem\n(X\x05\x00\x00\x00PROOFt\x81.",  # NEWOBJ
-        b"c__builtin__\neval\n(S'open(\"PROOF\", \"w\")'\ntR.",  # Python 2's name
+        b'c__builtin__\neval\n(S\'open("PROOF", "w")\'\ntR.',  # Python 2's name
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0btouch PROOF\x85R.",  # STACK_GLOBAL
         b"\x80\x04\x8c\x13torch.serialization\x8c\x09os.system\x93\x8c\x0btouch PROOF\x85R.",  # by an import
         b"ccollections\nOrderedDict\n(tR(S'x'\ncos\nsystem\n(S'touch PROOF'\ntRsb.",  # within a state
@@ -313,7 +332,7 @@ def test_malicious_plain_pickle_is_refused(protocol: int, tmp_path: Path) -> Non
 def test_every_way_to_call_is_caught(program: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.pkl").write_bytes(program)
-    with pytest.raises(UnsafeCheckpoint, match="system|eval"):
+    with pytest.raises(UnsafeCheckpoint, match=r"system|eval"):
         read_checkpoint("c.pkl")
     assert not Path("PROOF").exists()
 
@@ -379,7 +398,7 @@ def test_duplicate_members_are_refused(tmp_path: Path) -> None:
     torch.save(small().state_dict(), tmp_path / "c.pt")
     with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "c.pt", "a") as file:
         warnings.simplefilter("ignore")
-        file.writestr("c/data.pkl", b"N.")
+        file.writestr("c/DATA.pkl", b"N.")
     with pytest.raises(CheckpointError, match="two members of one name"):
         read_checkpoint(tmp_path / "c.pt")
 
@@ -486,13 +505,14 @@ def test_truncated_files(container: str, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (20, 60, len(whole) // 2, len(whole) - 40):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="truncated|damaged"):
+        with pytest.raises(CheckpointError, match=r"truncated|damaged"):
             read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"a": torch.ones(2), "b": torch.ones(2).to_sparse()}, "b is made by torch._utils._rebuild_sparse_tensor"),
         ({"epoch": 3}, "no weights under the names epoch"),
         ([torch.ones(2)], "holds no weights, but a list"),
         (torch.ones(2), "a single tensor"),
@@ -580,7 +600,10 @@ def test_compressed_archive_round_trip(tmp_path: Path) -> None:
     """Some tools zip a checkpoint anew, with compression."""
     state = {"a": torch.zeros(100)}
     torch.save(state, tmp_path / "c.pt")
-    with zipfile.ZipFile(tmp_path / "c.pt") as old, zipfile.ZipFile(tmp_path / "d.pt", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "c.pt") as old,
+        zipfile.ZipFile(tmp_path / "d.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     new_state = back(read_checkpoint(tmp_path / "d.pt"), tmp_path / "e.pt")
@@ -775,3 +798,16 @@ def test_third_party_round_trip(
         plain, original = plain[key], original[key]
     assert type(plain) is type(original)
     assert same(dict(plain), {prefix + n: t for n, t in new.items()})
+
+
+def test_whole_file_of_the_wild_is_read_without_the_pickle_module(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.load is not on the way, whatever its arguments."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch.load was called")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    for path in (data_root / "third_party").glob("*.[pt]*h"):
+        assert read_checkpoint(path).state

@@ -1,4 +1,4 @@
-"""The networks of three public checkpoints, as their owners define them: ``--arch tests/third_party_networks.py:Class``.
+"""The networks of three public checkpoints, as owners define them: ``--arch tests/third_party_networks.py:Class``.
 
 The files themselves are not part of the project; the documentation says where they come from and how they are used.
 """

@@ -243,6 +243,9 @@ def _weights(tree: Any) -> dict[str, TensorRef]:
     if is_module(tree):
         return _collect(_module_tensors(tree, "", ()))
     items = as_mapping(tree) or {}
+    for name, value in items.items():
+        if isinstance(value, Node) and value.path.startswith("torch._utils._rebuild"):
+            raise CheckpointError(f"{name} is made by {value.path}; only plain dense weights are supported")
     return {name: value for name, value in items.items() if isinstance(value, TensorRef)}
 
 

@@ -12,8 +12,10 @@ import pickle
 import pickletools
 import re
 import reprlib
+import struct
+import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
@@ -382,7 +384,9 @@ def read_pickle(buffer: bytes | memoryview, ledger: Ledger) -> Any:
         CheckpointError: it is damaged, or of a form that no checkpoint has.
     """
     try:
-        return _TreeUnpickler(io.BytesIO(buffer), ledger).load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of odd escapes in damaged texts
+            return _TreeUnpickler(io.BytesIO(buffer), ledger).load()
     except UnsafeCheckpoint:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -395,19 +399,23 @@ def pickle_end(file: IO[bytes]) -> int:
     Raises:
         CheckpointError: it is truncated or damaged, or larger than any checkpoint's pickle.
     """
-    count = 0
     try:
-        for opcode, argument, _ in pickletools.genops(file):
-            count += 1
-            if count > MAX_OPCODES:
-                raise CheckpointError(f"its pickle has more than {MAX_OPCODES} opcodes")
-            if opcode.name.startswith("EXT"):
-                raise CheckpointError(f"its pickle uses the opcode {opcode.name}, which no checkpoint needs")
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
-                raise CheckpointError("its pickle claims more remembered objects than it has")
-    except (ValueError, IndexError, OverflowError, UnicodeDecodeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of odd escapes in damaged texts
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(file), 1):
+                _check_opcode(opcode.name, argument, count)
+    except (ValueError, IndexError, OverflowError, struct.error) as error:
         raise CheckpointError(f"its pickle is truncated or damaged: {error}") from error
     return int(file.tell())
+
+
+def _check_opcode(name: str, argument: Any, count: int) -> None:
+    if count > MAX_OPCODES:
+        raise CheckpointError(f"its pickle has more than {MAX_OPCODES} opcodes")
+    if name.startswith("EXT"):
+        raise CheckpointError(f"its pickle uses the opcode {name}, which no checkpoint needs")
+    if name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > count:
+        raise CheckpointError("its pickle claims more remembered objects than it has")
 
 
 def _text(value: Any) -> str:
@@ -553,23 +561,3 @@ def as_mapping(tree: Any) -> Mapping[Any, Any] | None:
     if isinstance(tree, dict):
         return tree
     return tree.mapping if isinstance(tree, Node) and tree.mapping else None
-
-
-def names_within(tree: Any) -> Iterator[str]:
-    """The classes of all nodes under ``tree``, each as often as it occurs."""
-    seen: set[int] = set()
-    pending = [tree]
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, StubType):
-            yield item.path
-        elif isinstance(item, Node):
-            yield item.path
-            pending += [item.args, item.kwargs, item.state, item.listing, item.mapping]
-        elif isinstance(item, dict):
-            pending += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            pending += list(item)

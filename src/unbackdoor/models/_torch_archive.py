@@ -145,7 +145,7 @@ def open_zip(path: Path, ledger: Ledger) -> Archive:
 
 def _open_members(path: Path, members: zipfile.ZipFile, ledger: Ledger) -> Archive:
     infos = {info.filename: info for info in members.infolist()}
-    if len(infos) != len(members.infolist()):
+    if len({name.lower() for name in infos}) != len(members.infolist()):  # torch's reader does not mind the case
         raise CheckpointError(f"{path} holds two members of one name, so that readers may disagree on what is in it")
     unpacked = sum(info.file_size for info in infos.values())
     if unpacked > _MAX_EXPANSION * path.stat().st_size:
@@ -157,7 +157,7 @@ def _open_members(path: Path, members: zipfile.ZipFile, ledger: Ledger) -> Archi
         raise CheckpointError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
     content = members.read(f"{top}/data.pkl")
     pickle_end(io.BytesIO(content))
-    code = [n for n in infos if n.startswith(f"{top}/code/") and n.endswith(".py")]
+    code = [n for n in infos if n.lower().startswith(f"{top}/code/".lower()) and not n.endswith(".debug_pkl")]
     scripted = f"{top}/constants.pkl" in infos
     return Archive(
         path=path,

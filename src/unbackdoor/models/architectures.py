@@ -67,11 +67,11 @@ def resolve_spec(checkpoint: Checkpoint, arch: str | None) -> str | None:
         return arch
     if checkpoint.module is not None:
         return None
+    if checkpoint.whole_module:
+        require_module(checkpoint)  # raises, and says why
     guess = guess_architecture(_shapes(checkpoint.state))
     if guess is not None and guess.confident:
         return guess.spec
-    if checkpoint.whole_module:
-        require_module(checkpoint)  # raises, and says why
     hint = "" if guess is None else f" By its names it is {f'{guess.spec}: ' if guess.spec else ''}{guess.why}."
     raise CheckpointError(
         f"{checkpoint.path} holds weights alone; say with --arch which network they belong to, "
@@ -303,7 +303,7 @@ def _load(network: nn.Module, checkpoint: Checkpoint, spec: str) -> None:
     """Copy the weights in, strictly, with as much of the prefix as the network's own names have."""
     wanted = {n: t for n, t in network.state_dict().items() if isinstance(t, Tensor)}
     candidates = [{part + n: t for n, t in checkpoint.state.items()} for part in prefix_parts(checkpoint.prefix)]
-    state = next((c for c in candidates if c.keys() & wanted.keys()), candidates[0])
+    state = max(candidates, key=lambda c: len(c.keys() & wanted.keys()))
     missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in state if n not in wanted]
     misshapen = {n: (tuple(state[n].shape), tuple(wanted[n].shape)) for n in wanted if n in state}

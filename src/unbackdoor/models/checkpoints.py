@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ class Checkpoint:
         metadata: the header's texts (safetensors), or the numbers and texts beside the weights ("epoch", "acc").
         others: further sets of weights in the file, which are left as they are when it is written back.
         refused: why ``module`` was not made: name of a class or call → reason.
+        contents: where in the file the weights lie, for :func:`write_like`.
     """
 
     path: Path
@@ -84,7 +86,8 @@ def read_checkpoint(path: Path | str, *, trust_pickle: bool = False) -> Checkpoi
     path = Path(path)
     contents = read_contents(path, permissive=trust_pickle)
     if not contents.tensors:
-        raise CheckpointError(f"{path} holds no weights that could be found")
+        what = "is a plain pickle, not a file of torch.save" if contents.container == "pickle" else "holds no weights"
+        raise CheckpointError(f"{path} {what}; save the network's state dict with torch.save")
     archive = contents.archive
     module, refused = _module(contents, trust_pickle)
     return Checkpoint(
@@ -128,7 +131,10 @@ def require_module(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _safetensors_state(contents: Contents) -> dict[str, Tensor]:
-    stored = load_file(contents.path)
+    try:
+        stored = load_file(contents.path)
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that this torch does not have
+        raise CheckpointError(f"{contents.path} cannot be read: {error}") from error
     return {name: stored[contents.prefix + name] for name in contents.tensors}
 
 
@@ -235,8 +241,8 @@ def _replacing(path: Path, force: bool) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
         Path(folder).rmdir()
