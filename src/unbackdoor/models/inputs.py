@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,7 +101,8 @@ class Classifier(nn.Module):
         self.register_buffer("gain", gain.to(device), persistent=False)
         self.register_buffer("offset", offset.to(device), persistent=False)
         self._plain = bool((gain == 1).all() and (offset == 0).all())
-        self.train(network.training)
+        # Not train(): that would also set modules within the network that its owner has in another mode.
+        self.training = network.training
 
     def extra_repr(self) -> str:
         return f"format={self.format}, output={self.output}" + (f", softmax={self.softmax}" if self.softmax else "")
@@ -403,7 +403,7 @@ def choose_format(
             f"({type(error).__name__}: {error})"
         ) from error
     notes: list[str] = []
-    if found.accuracy < LOW_ACCURACY:
+    if found.accuracy < LOW_ACCURACY or _near_chance(found, probe, CHANCE_LEVEL):
         notes = _compared(network, probe, found, strict)
     return _choice(network, probe, found, notes)
 
@@ -474,6 +474,8 @@ def _near_chance(found: Fitting, probe: Samples, level: float) -> bool:
 
     Half-way from guessing to perfect never counts as near: with a handful of samples the test alone would refuse that.
     """
+    from scipy.stats import binom
+
     guess = _guess(probe)
     hits = round(found.accuracy * found.samples)
     return bool(binom.sf(hits - 1, found.samples, guess) > level) and found.accuracy < (1 + guess) / 2
