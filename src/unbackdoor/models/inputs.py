@@ -445,6 +445,7 @@ def _choose_best(network: nn.Module, samples: Samples, strict: bool) -> Choice:
         if strict and _can_tell(probe):
             raise DataError(problem)
         notes = [problem if _can_tell(probe) else f"{notes[0]}; too few samples to tell whether it is right"]
+    others = [f for f in others if f.loss != chosen.loss]  # an equal loss: the same thing in other words
     if others:
         notes.append(f"as good within the error of so few samples: {', '.join(map(str, others[:3]))}")
     return _choice(network, probe, chosen, notes)
