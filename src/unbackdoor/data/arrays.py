@@ -55,10 +55,13 @@ def load_npz(path: str | os.PathLike[str], *, split: str = "test", num_classes: 
     if not path.exists():
         raise DataError(f"{path} does not exist; an .npz file with images and labels is needed")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since numpy leaves a file open whose directory it cannot read.
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} holds a single array; an .npz file with images and labels is needed")
-            return from_mapping(file, split=split, num_classes=num_classes, where=str(path))
+            with file:
+                return from_mapping(file, split=split, num_classes=num_classes, where=str(path))
     except ValueError as error:
         if "allow_pickle" not in str(error) and "pickled" not in str(error):
             raise DataError(f"{path} cannot be read: {error}") from error
