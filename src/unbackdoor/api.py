@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -176,7 +176,7 @@ def _defense(method: object) -> Defense:
         return made
     if isinstance(method, type) or not dataclasses.is_dataclass(method) or not callable(method):
         raise ConfigError(f"method must be a spec or a defense (a dataclass that can be called), not {method!r}")
-    return method
+    return cast("Defense", method)
 
 
 def _loaded(model: nn.Module, description: Mapping[str, str | None]) -> LoadedModel:

@@ -18,7 +18,7 @@ from unbackdoor.types import Samples
 
 #: Below this ASR before the removal, there was no working backdoor to remove.
 ATTACK_TOOK = 0.8
-#: A 95 % interval wider than this (in accuracy) tells too little.
+#: A 95% interval wider than this (in accuracy) tells too little.
 WIDEST_INTERVAL = 0.10
 #: A model is destroyed when its accuracy is surely below this share of what it was.
 KEPT_SHARE = 0.8
@@ -47,7 +47,7 @@ class Meaning:
 #: Every flag there is, in the order of the documentation.
 FLAGS: dict[str, Meaning] = {
     "destroyed": Meaning(
-        "the accuracy's upper 95 % bound after is below 0.8 × the accuracy before, or the model came to answer one "
+        "the accuracy's upper 95% bound after is below 0.8 × the accuracy before, or the model came to answer one "
         "class only, or a weight or an output is not finite",
         "the removal broke the network; it must not be used",
         serious=True,
@@ -58,7 +58,7 @@ FLAGS: dict[str, Meaning] = {
         serious=True,
     ),
     "accuracy_at_chance": Meaning(
-        "the accuracy's lower 95 % bound does not exceed what always answering one class would get",
+        "the accuracy's lower 95% bound does not exceed what always answering one class would get",
         "the input format, the class order or the architecture is probably wrong, or the model never worked",
         serious=True,
     ),
@@ -68,7 +68,7 @@ FLAGS: dict[str, Meaning] = {
         serious=True,
     ),
     "attack_did_not_take": Meaning(
-        "the attack success rate before the removal is below 80 %",
+        "the attack success rate before the removal is below 80%",
         "there was no working backdoor of this kind, so a low rate afterwards shows nothing",
         serious=True,
     ),
@@ -78,7 +78,7 @@ FLAGS: dict[str, Meaning] = {
         serious=False,
     ),
     "held_out_too_small": Meaning(
-        "the 95 % interval of an accuracy is wider than 10 points",
+        "the 95% interval of an accuracy is wider than 10 points",
         "the accuracy is only roughly known; more labelled samples would tell",
         serious=False,
     ),
@@ -98,7 +98,7 @@ FLAGS: dict[str, Meaning] = {
         serious=False,
     ),
     "seed_spread_exceeds_difference": Meaning(
-        "Welch's 95 % interval of a difference of means over seeds contains zero",
+        "Welch's 95% interval of a difference of means over seeds contains zero",
         "the difference claimed may be luck; more seeds would tell",
         serious=False,
     ),
@@ -127,7 +127,7 @@ def accuracy_at_chance(found: Assessment) -> Flag | None:
         return None
     return _flag(
         "accuracy_at_chance",
-        f"accuracy is {found.accuracy.value:.1%} of {found.count} samples (95 % interval from "
+        f"accuracy is {found.accuracy.value:.1%} of {found.count} samples (95% interval from "
         f"{found.accuracy.interval.low:.1%}); always answering one class would get {chance:.1%}",
     )
 
@@ -186,7 +186,7 @@ def held_out_too_small(found: Rate) -> Flag | None:
     return _flag(
         "held_out_too_small",
         f"with {found.count} samples the accuracy is only known to lie between {found.interval.low:.1%} and "
-        f"{found.interval.high:.1%} (95 %)",
+        f"{found.interval.high:.1%} (95%)",
     )
 
 
@@ -211,7 +211,7 @@ def destroyed(before: Assessment, after: Assessment, model: nn.Module) -> Flag |
         return _flag(
             "destroyed",
             f"accuracy fell from {before.accuracy.value:.1%} to {after.accuracy.value:.1%} "
-            f"(at most {after.accuracy.interval.high:.1%} with 95 % confidence); at least {least:.1%} was to be kept",
+            f"(at most {after.accuracy.interval.high:.1%} with 95% confidence); at least {least:.1%} was to be kept",
         )
     answered = after.predicted_classes()
     # A model that knew one class only, or samples of one class, are no fault of the removal.
@@ -253,7 +253,7 @@ def seed_spread_exceeds_difference(first: Sequence[float], second: Sequence[floa
         return None
     return _flag(
         "seed_spread_exceeds_difference",
-        f"the means differ by {difference:.4g} ± {half:.2g} (95 %) over {len(first)} and {len(second)} seeds",
+        f"the means differ by {difference:.4g} ± {half:.2g} (95%) over {len(first)} and {len(second)} seeds",
     )
 
 

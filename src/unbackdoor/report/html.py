@@ -49,7 +49,8 @@ def render(report: Report) -> str:
         meanings=FLAGS,
         names=[report.class_name(i) for i in range(report.samples.num_classes)],
         process=_process_figures(report),
-        evidence=_evidence_figures(report),
+        evidence={figure.name: figure for figure in _evidence_figures(report)},
+        limits=wording.limits(report),
         inside=_inside_figures(report),
     )
 
@@ -69,26 +70,28 @@ def _process_figures(report: Report) -> list[Figure]:
         return []
     chance = 1 / report.samples.num_classes
     spans = ", ".join(f"{p.name} ({len(p.epochs)} epochs)" for p in phases)
-    numbered = "; ".join(f"{i} {p.name}" for i, p in enumerate(phases, 1))
+    numbers = (("", "; ".join(f"{i} {p.name}" for i, p in enumerate(phases, 1))),)
     lines = (("dash muted", "on the training batches"), ("line after", "on the held-out share"))
     ends = [(p.name, p.epochs[0], p.epochs[-1]) for p in phases if p.epochs]
     accuracy = "; ".join(f"{n} from {a.accuracy:.1%} to {b.accuracy:.1%}" for n, a, b in ends)
     loss = "; ".join(f"{n} from {a.loss:.3g} to {b.loss:.3g}" for n, a, b in ends)
     has_loss = any(k.endswith("loss") for p in phases for e in p.epochs for k in e.measured)
+    accuracy_drawn, numbered = plots.curves(phases, "accuracy", chance)
+    loss_drawn, _ = plots.curves(phases, "loss")
     return [
         Figure(
             "curves-accuracy",
             "Accuracy while training",
-            plots.curves(phases, "accuracy", chance),
+            accuracy_drawn,
             f"Phases: {spans}. Accuracy on the training batches: {accuracy}.",
-            (*lines, ("", numbered)),
+            lines + (numbers if numbered else ()),
         ),
         Figure(
             "curves-loss",
             "Loss while training",
-            plots.curves(phases, "loss"),
+            loss_drawn,
             f"Phases: {spans}. Loss on the training batches: {loss}.",
-            (lines if has_loss else lines[:1]) + (("", numbered),),
+            (lines if has_loss else lines[:1]) + (numbers if numbered else ()),
         ),
     ]
 
@@ -105,28 +108,28 @@ def _evidence_figures(report: Report) -> list[Figure]:
     figures = [
         Figure(
             "rates",
-            "Before and after, with 95 % intervals",
+            "Before and after, with 95% intervals",
             plots.rates(rows),
-            "; ".join(f"{name}: {_rate(b)} before, {_rate(a)} after" for name, b, a in rows) + ".",
+            "; ".join(f"{name.capitalize()}: {_rate(b)} before, {_rate(a)} after" for name, b, a in rows) + ".",
             _BEFORE_AFTER,
         ),
         Figure(
             "per-class",
             "Accuracy of each class",
             drawn,
-            f"{part}All values are in the table of classes.",
+            f"{part}The table holds all of them." if part else "The table holds the values.",
             (*_BEFORE_AFTER, ("line bad", "lost more than 10 points")),
         ),
     ]
     for which, found in (("before", before), ("after", after)):
         wrong = sorted((cell for cell in found.confusion if cell[0] != cell[1]), key=lambda cell: -cell[2])[:3]
-        most = "; ".join(f"{names[t]} taken for {names[p]} {n} times" for t, p, n in wrong) or "no mistake"
+        most = "; ".join(f"{names[t]} for {names[p]} ({n})" for t, p, n in wrong) or "nothing"
         figures.append(
             Figure(
                 f"confusion-{which}",
                 f"Confusion {which}",
                 plots.confusion(found, names, which),
-                f"A row is a true class, a column the answer. Most frequent mistakes: {most}.",
+                f"A row is a true class, a column the answer. Most often mistaken: {most}.",
                 _CELLS,
             )
         )
@@ -152,7 +155,7 @@ def _inside_figures(report: Report) -> list[Figure]:
                 "unit-scores",
                 "Suspicion scores of the units",
                 drawn,
-                f"{units:,} units in {len(scores)} scored layers.{part} Flagged and reset: {flagged or 'none'}.",
+                f"{units:,} units in {len(scores)} scored layer{'s' if len(scores) > 1 else ''}.{part} Flagged and reset: {flagged or 'none'}.",
                 (("disc bad", "flagged"), ("disc after", "other units; many units as a density")),
             )
         )

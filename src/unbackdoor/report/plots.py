@@ -44,6 +44,8 @@ ROW = 15.0
 MOST_ROWS = 40
 FONT = 9.5
 _SMALL = 8.5
+#: Classes drawn one by one; the table beside the figure holds all.
+MOST_CLASSES = 24
 #: Units of a layer up to here are drawn one by one; above, as a density.
 _DOTS = 40
 _BINS = 48
@@ -100,11 +102,16 @@ def rates(rows: Sequence[tuple[str, Rate, Rate]]) -> str:
 
 
 @_style()
-def curves(phases: Sequence[Phase], what: Literal["accuracy", "loss"], chance: float | None = None) -> str:
-    """Accuracy or loss of every epoch, phase after phase; what was measured at epoch ends is the bolder line."""
+def curves(phases: Sequence[Phase], what: Literal["accuracy", "loss"], chance: float | None = None) -> tuple[str, bool]:
+    """Accuracy or loss of every epoch, phase after phase; what was measured at epoch ends is the bolder line.
+
+    The second value says whether the phases are numbered, because their names did not fit.
+    """
     figure, axes = _canvas(190, left=40, right=10, top=24)
     start = 0
     total = sum(len(p.epochs) for p in phases)
+    room = (WIDTH - 50) / max(1, total)
+    numbered = any(len(p.name) * FONT * 0.55 > len(p.epochs) * room for p in phases)
     for number, phase in enumerate(phases, 1):
         xs = [start + i + 1 for i in range(len(phase.epochs))]
         train = [_finite(e.accuracy if what == "accuracy" else e.loss) for e in phase.epochs]
@@ -113,9 +120,7 @@ def curves(phases: Sequence[Phase], what: Literal["accuracy", "loss"], chance: f
             _line(axes, xs, [_finite(e.measured.get(key, math.nan)) for e in phase.epochs], AFTER, 2.2, "-")
         if start:
             axes.axvline(start + 0.5, color=RULE, lw=1)
-        span = len(phase.epochs) / max(1, total) * (WIDTH - 50)
-        fits = len(phase.name) * FONT * 0.55 < span
-        name = _clean_text(phase.name) if fits else str(number)
+        name = str(number) if numbered else _clean_text(phase.name)
         axes.text(start + len(xs) / 2 + 0.5, 1.03, name, transform=axes.get_xaxis_transform(), ha="center", color=INK)
         start += len(xs)
     axes.set_xlim(0.5, max(1.5, total + 0.5))
@@ -127,14 +132,15 @@ def curves(phases: Sequence[Phase], what: Literal["accuracy", "loss"], chance: f
             axes.axhline(chance, color=BAD, lw=1, ls=(0, (1, 2)))
             axes.text(total + 0.4, chance + 0.015, "chance", color=BAD, ha="right", va="bottom", fontsize=_SMALL)
         axes.set_ylim(-0.02, 1.02)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     else:
         losses = [abs(_finite(e.loss)) for p in phases for e in p.epochs if math.isfinite(e.loss)]
         # Gradient ascent and random labels reach losses that would flatten everything else.
         if losses and max(losses) > 20:
             axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
             axes.minorticks_off()
-    return _svg(figure, f"curves-{what}")
+    return _svg(figure, f"curves-{what}"), numbered
 
 
 def has_losses(phases: Sequence[Phase]) -> bool:
@@ -146,11 +152,11 @@ def has_losses(phases: Sequence[Phase]) -> bool:
 def per_class(before: Assessment, after: Assessment, names: Sequence[str]) -> tuple[str, int]:
     """Each class's accuracy before (ring) and after (dot), and how many classes are drawn.
 
-    Of more than :data:`MOST_ROWS` classes, those that changed most, in their own order.
+    Of more than :data:`MOST_CLASSES` classes, those that changed most, in their own order.
     """
     pairs = [(c, b, a) for c, (b, a) in enumerate(zip(before.per_class, after.per_class, strict=True))]
     known = [(c, b, a) for c, b, a in pairs if b is not None and a is not None]
-    chosen = sorted(sorted(known, key=lambda row: (-abs(row[2] - row[1]), row[0]))[:MOST_ROWS])
+    chosen = sorted(sorted(known, key=lambda row: (-abs(row[2] - row[1]), row[0]))[:MOST_CLASSES])
     labels = [names[c] for c, _, _ in chosen]
     figure, axes = _canvas(ROW * len(chosen) + 36, left=_label_room(labels), right=16, top=6)
     for row, (_, b, a) in enumerate(chosen):
@@ -215,9 +221,9 @@ def unit_scores(layers: Sequence[UnitScores], threshold: float | None, names: Se
     low, high = min([-1.0, *finite]), max([1.0, threshold or 0.0, *finite])
     margin = 0.04 * (high - low)
     for row, (layer, values) in enumerate(zip(chosen, spread, strict=True)):
-        if len(values) > _DOTS:
-            _density(axes, row, values, low, high)
         flagged = set(layer.flagged)
+        if len(values) > _DOTS:
+            _density(axes, row, [v for i, v in enumerate(values) if i not in flagged], low, high)
         for unit, value in enumerate(values):
             if unit in flagged:
                 axes.plot(value, row, "o", ms=4.5, color=BAD, mec=PAPER, mew=0.6, zorder=4)
@@ -305,7 +311,7 @@ def _density(axes: Axes, row: int, values: Sequence[float], low: float, high: fl
     counts = [0] * _BINS
     for value in values:
         counts[min(_BINS - 1, max(0, int((value - low) / step)))] += 1
-    most = max(counts)
+    most = max(counts, default=0)
     for index, count in enumerate(counts):
         if count:
             alpha = round(0.12 + 0.7 * (count / most) ** 0.5, 2)
@@ -366,7 +372,7 @@ def _rows(axes: Axes, labels: Sequence[str], font: float = _SMALL) -> None:
 
 def _percent_axis(axes: Axes) -> None:
     axes.set_xlim(-0.02, 1.02)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
 
 
 def _few_ticks(*, integer: bool = False) -> MaxNLocator:

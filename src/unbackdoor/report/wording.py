@@ -29,7 +29,7 @@ def summary(report: Report) -> str:
     before, after = report.before, report.after
     kept = (
         f"On {_samples(report)}, accuracy went from {before.accuracy.value:.1%} to {after.accuracy.value:.1%} "
-        f"(95 % interval {after.accuracy.interval.low:.1%} to {after.accuracy.interval.high:.1%})."
+        f"(95% interval {after.accuracy.interval.low:.1%} to {after.accuracy.interval.high:.1%})."
     )
     if report.verdict == "unchanged":
         kept = (
@@ -62,6 +62,23 @@ def caveat(report: Report) -> str:
     if report.verdict == "backdoor_remains":
         return "Do not use this network where somebody may hold the trigger. Try another method or more clean samples."
     return "This was measured with one known trigger. A second backdoor with another trigger would not have been seen."
+
+
+def limits(report: Report) -> tuple[str, ...]:
+    """What stays open even when nothing went wrong, a sentence each."""
+    same = f"Accuracy was measured on {report.measured.count:,} samples; on inputs of another kind it may differ."
+    if report.verdict == "destroyed":
+        return ("The network is unusable, so nothing else was judged.",)
+    if report.attack is None:
+        backdoor = "Whether there was a backdoor, and whether one is left: without a trigger neither can be measured."
+    else:
+        backdoor = "Whether there was a second backdoor, with another trigger than the one that was tried."
+    return (
+        backdoor,
+        "Whether an attacker who knew of this method built the backdoor to survive it.",
+        "Whether the clean samples were clean: a triggered image among them can keep a backdoor alive.",
+        same,
+    )
 
 
 def measured_on(report: Report) -> str:
