@@ -270,3 +270,21 @@ def test_a_bare_record_makes_a_page_too():
     odd = bare.model_copy(update={"trace": Trace((Phase("a", (epoch,)), Phase("empty", ())), (layer, layer))})
     assert "figure-curves-accuracy" not in Page(render(bare)).ids
     assert "figure-curves-accuracy" in Page(render(odd)).ids
+
+
+def test_the_key_names_only_the_lines_that_are_drawn():
+    report = examples.seam_like()
+    unmeasured = tuple(
+        Phase(p.name, tuple(Epoch(e.index, e.loss, e.accuracy, e.lr, e.images, e.seconds) for e in p.epochs))
+        for p in report.trace.phases
+    )
+    assert render(report).count("on the held-out share") == 2
+    assert "on the held-out share" not in render(report.model_copy(update={"trace": Trace(unmeasured)}))
+
+
+def test_many_short_phases_are_numbered_and_the_key_says_which_is_which():
+    report = examples.seam_like()
+    first = report.trace.phases[0].epochs[:1]
+    many = tuple(Phase(f"attempt {i} at forgetting", first) for i in range(9))
+    text = shown(Page(render(report.model_copy(update={"trace": Trace(many)}))))
+    assert "3 attempt 2 at forgetting" in text

@@ -75,7 +75,8 @@ def _process_figures(report: Report) -> list[Figure]:
     ends = [(p.name, p.epochs[0], p.epochs[-1]) for p in phases if p.epochs]
     accuracy = "; ".join(f"{n} from {a.accuracy:.1%} to {b.accuracy:.1%}" for n, a, b in ends)
     loss = "; ".join(f"{n} from {a.loss:.3g} to {b.loss:.3g}" for n, a, b in ends)
-    has_loss = any(k.endswith("loss") for p in phases for e in p.epochs for k in e.measured)
+    measured = {key for p in phases for e in p.epochs for key in e.measured}
+    kinds = {kind: lines if any(key.endswith(kind) for key in measured) else lines[:1] for kind in ("accuracy", "loss")}
     accuracy_drawn, numbered = plots.curves(phases, "accuracy", chance)
     loss_drawn, _ = plots.curves(phases, "loss")
     return [
@@ -84,14 +85,14 @@ def _process_figures(report: Report) -> list[Figure]:
             "Accuracy while training",
             accuracy_drawn,
             f"Phases: {spans}. Accuracy on the training batches: {accuracy}.",
-            lines + (numbers if numbered else ()),
+            kinds["accuracy"] + (numbers if numbered else ()),
         ),
         Figure(
             "curves-loss",
             "Loss while training",
             loss_drawn,
             f"Phases: {spans}. Loss on the training batches: {loss}.",
-            (lines if has_loss else lines[:1]) + (numbers if numbered else ()),
+            kinds["loss"] + (numbers if numbered else ()),
         ),
     ]
 
@@ -144,6 +145,7 @@ def _inside_figures(report: Report) -> list[Figure]:
         names = [report.class_name(i) for i in range(report.samples.num_classes)]
         drawn, shown = plots.unit_scores(scores, _threshold(report), names)
         units = sum(len(layer.scores) for layer in scores)
+        layers = "one scored layer" if len(scores) == 1 else f"{len(scores)} scored layers"
         flagged = "; ".join(
             f"{layer.layer}: {', '.join(map(str, layer.flagged[:12]))}{'…' if len(layer.flagged) > 12 else ''}"
             for layer in scores
@@ -155,7 +157,7 @@ def _inside_figures(report: Report) -> list[Figure]:
                 "unit-scores",
                 "Suspicion scores of the units",
                 drawn,
-                f"{units:,} units in {len(scores)} scored layer{'s' if len(scores) > 1 else ''}.{part} Flagged and reset: {flagged or 'none'}.",
+                f"{units:,} units in {layers}.{part} Flagged and reset: {flagged or 'none'}.",
                 (("disc bad", "flagged"), ("disc after", "other units; many units as a density")),
             )
         )
