@@ -1,0 +1,301 @@
+"""From a model and a few clean samples to a cleaned model and a report.
+
+cleaned = clean(model, samples, "seam")
+print(cleaned.report.verdict)
+cleaned.save("out")
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from unbackdoor import specs
+from unbackdoor.errors import ConfigError, DataError
+from unbackdoor.evaluation import checks, metrics
+from unbackdoor.evaluation.assessment import Assessment, assess
+from unbackdoor.evaluation.checks import Flag
+from unbackdoor.evaluation.verdict import judge
+from unbackdoor.evaluation.weights import weight_changes
+from unbackdoor.inference import device_of, predict
+from unbackdoor.report import files, render
+from unbackdoor.report.examples import examples
+from unbackdoor.report.record import (
+    Cost,
+    GivenSamples,
+    KnownAttack,
+    LoadedModel,
+    Measured,
+    Method,
+    Report,
+    Versions,
+    jsonable,
+)
+from unbackdoor.rng import Rng
+from unbackdoor.types import Attack, Defense, Removal, Samples
+
+WEIGHTS, RECORD, PAGE = "model.safetensors", "report.json", "report.html"
+
+#: What ``description`` may tell about the model.
+DESCRIPTION = ("name", "architecture", "path", "sha256", "input_format")
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """What :func:`clean` returns: the new model (eval mode, on the given model's device), the report, the removal."""
+
+    model: nn.Module
+    report: Report
+    removal: Removal
+
+    @property
+    def destroyed(self) -> bool:
+        """Whether the removal broke the network, so that it must not be used."""
+        return self.report.verdict == "destroyed"
+
+    def save(self, folder: Path | str, force: bool = False) -> tuple[Path, ...]:
+        """Write ``report.json``, ``report.html`` and, unless the model was destroyed, ``model.safetensors``.
+
+        Each file appears whole or not at all, the weights first. With ``force``, weights that an earlier run left there
+        do not stay beside the report of a destroyed model.
+
+        Returns:
+            the paths written.
+
+        Raises:
+            OutputExists: one of the files is there and ``force`` is not given; then nothing is written.
+        """
+        folder = Path(folder)
+        files.refuse_existing([folder / name for name in (WEIGHTS, RECORD, PAGE)], force=force)
+        page = render(self.report)
+        written = []
+        if self.destroyed:
+            (folder / WEIGHTS).unlink(missing_ok=True)
+        else:
+            written.append(files.write(folder / WEIGHTS, weights_bytes(self.model), force=force))
+        written.append(self.report.save(folder / RECORD, force=force))
+        written.append(files.write(folder / PAGE, page.encode(), force=force))
+        return tuple(written)
+
+
+def clean(
+    model: nn.Module,
+    samples: Samples,
+    method: str | Defense = "seam",
+    *,
+    seed: int = 0,
+    test: Samples | None = None,
+    attack: Attack | None = None,
+    held_out: float = 0.2,
+    description: Mapping[str, str | None] | None = None,
+) -> Cleaned:
+    """Remove a possible backdoor from a copy of ``model`` and report what was measured.
+
+    The defense sees the model, clean samples and a random generator; never ``test`` and never ``attack``.
+
+    Args:
+        model: maps images (N, C, H, W) in [0, 1] to logits (N, num_classes). It is not changed.
+        samples: clean, with true labels.
+        method: a spec such as ``"seam(preset=toolbox)"``, or a defense.
+        seed: decides every random choice.
+        test: labelled samples to measure on. Without them, a share of each class of ``samples`` is set aside for the
+            report alone; where there are too few for it, the given samples themselves are measured on, and a flag says
+            that this is optimistic.
+        attack: a known trigger, to measure the attack's success before and after.
+        held_out: that share, in (0, 1).
+        description: what the report shall say of the model: "name", "architecture", "path", "sha256", "input_format".
+
+    Raises:
+        ConfigError: a wrong spec, share, seed, or description key.
+        DataError: samples that do not fit the model, the test set or the attack.
+        UnsupportedModel, TrainingDiverged: from the defense.
+    """
+    defense = _defense(method)
+    loaded = _loaded(model, description or {})
+    if test is not None and test.num_classes != samples.num_classes:
+        raise DataError(f"test has {test.num_classes} classes and samples has {samples.num_classes}: they must agree")
+    rng = Rng(seed)
+    shown, judged, source = _divide(samples, test, held_out, rng)
+    before = assess(model, judged, attack=attack)
+
+    # The defense works on a copy of its own: even a careless one cannot change what the caller holds.
+    removal, cost = _measured(defense, copy.deepcopy(model), shown, rng.child("defense"))
+
+    after = assess(removal.model, judged, attack=attack)
+    flags = _flags(model, removal.model, samples, judged, before, after, source)
+    changes = weight_changes(model, removal.model)
+    report = Report(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        verdict=judge(before, after, flags, changes),
+        model=loaded,
+        samples=GivenSamples(
+            count=len(samples),
+            per_class=tuple(samples.counts().tolist()),
+            class_names=samples.class_names,
+            image_shape=samples.image_shape,
+            defense_count=len(shown),
+        ),
+        measured=Measured(source=source, count=len(judged), per_class=tuple(judged.counts().tolist())),
+        method=Method(spec=specs.text_of(defense, "defense"), fields=_fields(defense, "defense"), seed=seed),
+        before=before,
+        after=after,
+        trace=removal.trace,
+        weights=changes,
+        cost=cost,
+        versions=Versions(unbackdoor=_own_version(), torch=str(torch.__version__), python=platform.python_version()),
+        flags=flags,
+        attack=None if attack is None else _known_attack(model, removal.model, judged, attack, before, after),
+    )
+    return Cleaned(removal.model, report, removal)
+
+
+def weights_bytes(model: nn.Module) -> bytes:
+    """The state dict as safetensors, on the CPU. Tensors that share memory are written out each."""
+    from safetensors.torch import save
+
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    return save(state, metadata={"format": "pt", "unbackdoor": _own_version()})
+
+
+def _defense(method: object) -> Defense:
+    if isinstance(method, str):
+        made: Defense = specs.build("defense", method)
+        return made
+    if isinstance(method, type) or not dataclasses.is_dataclass(method) or not callable(method):
+        raise ConfigError(f"method must be a spec or a defense (a dataclass that can be called), not {method!r}")
+    return cast("Defense", method)
+
+
+def _loaded(model: nn.Module, description: Mapping[str, str | None]) -> LoadedModel:
+    for key in description:
+        if key not in DESCRIPTION:
+            raise ConfigError(f"description has no {key!r}{specs.suggestion(key, list(DESCRIPTION))}")
+    told = {key: value for key, value in description.items() if value is not None}
+    architecture = told.pop("architecture", type(model).__name__)
+    name = told.pop("name", architecture)
+    parameters = sum(p.numel() for p in model.parameters())
+    return LoadedModel(name=name, architecture=architecture, parameters=parameters, **told)
+
+
+def _divide(
+    samples: Samples, test: Samples | None, share: float, rng: Rng
+) -> tuple[Samples, Samples, Literal["test", "held_out", "given"]]:
+    """(for the defense, for the report, where the latter come from)."""
+    if not 0 < share < 1:
+        raise ConfigError(f"held_out must lie between 0 and 1, not {share}")
+    if test is not None:
+        return samples, test, "test"
+    rest, aside = samples.split(share, rng.stream("report", "held-out"))
+    # With a sample or two a class, one held out of each would take half of what the defense has.
+    if aside is None or len(aside) > 2 * share * len(samples):
+        return samples, samples, "given"
+    return rest, aside, "held_out"
+
+
+def _measured(defense: Defense, model: nn.Module, clean_samples: Samples, rng: Rng) -> tuple[Removal, Cost]:
+    device = device_of(model)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    removal = defense(model, clean_samples, rng)
+    if cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    removal.model.eval()
+    cost = Cost(
+        seconds=seconds,
+        images=removal.trace.images,
+        peak_memory_mib=torch.cuda.max_memory_allocated(device) / 2**20 if cuda else process_memory_mib(),
+        memory_of="device" if cuda else "process",
+        device=str(device),
+        threads=torch.get_num_threads(),
+    )
+    return removal, cost
+
+
+def process_memory_mib() -> float | None:
+    """The most memory that this process has held so far, in MiB; None where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _flags(
+    given: nn.Module,
+    made: nn.Module,
+    samples: Samples,
+    judged: Samples,
+    before: Assessment,
+    after: Assessment,
+    source: Literal["test", "held_out", "given"],
+) -> tuple[Flag, ...]:
+    broken = checks.destroyed(before, after, made)
+    found = [
+        broken,
+        checks.non_finite_weights(given),
+        checks.accuracy_at_chance(before),
+        _unsteady(given, judged) or _unsteady(made, judged),
+        checks.attack_did_not_take(before.asr) if before.asr else None,
+        checks.measured_on_given_samples(len(samples)) if source == "given" else None,
+        checks.held_out_too_small(after.accuracy),
+        None if broken else checks.accuracy_fell(before, after),
+        checks.clean_set_smaller_than_classes(samples),
+        checks.missing_classes(samples),
+    ]
+    return tuple(flag for flag in found if flag is not None)
+
+
+def _unsteady(model: nn.Module, judged: Samples) -> Flag | None:
+    """Two passes over the first few hundred samples."""
+    few = judged.select(torch.arange(min(len(judged), 256)))
+    return checks.outputs_differ_between_evaluations(predict(model, few), predict(model, few))
+
+
+def _known_attack(
+    given: nn.Module, made: nn.Module, judged: Samples, attack: Attack, before: Assessment, after: Assessment
+) -> KnownAttack:
+    assert before.asr is not None
+    assert after.asr is not None
+    rates = before.accuracy.value, before.asr.value, after.accuracy.value, after.asr.value
+    fidelity = metrics.fidelity(rates[0], rates[2], rates[3])
+    nist = metrics.nist_fidelity(rates[0], rates[2], rates[1], rates[3])
+    pictures, gain = examples(given, made, judged, attack)
+    return KnownAttack(
+        spec=specs.text_of(attack, "attack"),
+        fields=_fields(attack, "attack"),
+        der=metrics.der(*rates),
+        fidelity=None if math.isnan(fidelity) else fidelity,
+        fidelity_gap=metrics.fidelity_gap(rates[2], rates[3]),
+        nist_fidelity=None if math.isnan(nist) else nist,
+        examples=pictures,
+        residual_gain=gain,
+    )
+
+
+def _fields(thing: Any, kind: specs.Kind) -> dict[str, Any]:
+    return {key: jsonable(value) for key, value in specs.resolved(thing, kind).items()}
+
+
+def _own_version() -> str:
+    try:
+        return version("unbackdoor")
+    except PackageNotFoundError:  # run from its source, not installed
+        return "unreleased"

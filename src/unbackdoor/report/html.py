@@ -1,0 +1,243 @@
+"""``report.html``: one self-contained page, made from the record alone.
+
+It runs no script and asks for nothing: styles, figures, pictures and icon are inside, and a content security policy
+forbids the rest. Everything that comes from a model, a file or a user is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files as package_files
+
+from jinja2 import Environment, StrictUndefined, Template
+
+from unbackdoor.evaluation.assessment import Rate
+from unbackdoor.evaluation.checks import FLAGS
+from unbackdoor.evaluation.metrics import Interval
+from unbackdoor.report import plots, wording
+from unbackdoor.report.record import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A drawing, its title, what it shows in words (for those who cannot see it), and the meaning of its marks."""
+
+    name: str
+    title: str
+    svg: str
+    description: str
+    #: (mark, meaning), the mark a CSS class of the template
+    key: tuple[tuple[str, str], ...] = ()
+
+
+_BEFORE_AFTER = (("ring before", "before"), ("disc after", "after"))
+_CELLS = (("cell after", "right"), ("cell bad", "wrong"))
+
+
+def render(report: Report) -> str:
+    """The page as text. The same record gives the same page."""
+    return _template().render(
+        report=report,
+        headline=wording.headline(report),
+        summary=wording.summary(report),
+        caveat=wording.caveat(report),
+        measured_on=wording.measured_on(report),
+        tone=_tone(report),
+        meanings=FLAGS,
+        names=[report.class_name(i) for i in range(report.samples.num_classes)],
+        process=_process_figures(report),
+        evidence={figure.name: figure for figure in _evidence_figures(report)},
+        limits=wording.limits(report),
+        inside=_inside_figures(report),
+    )
+
+
+def _tone(report: Report) -> str:
+    """The colour of the verdict: "good", "open" or "bad"."""
+    if report.verdict in ("destroyed", "backdoor_remains"):
+        return "bad"
+    serious = any(flag.serious for flag in report.flags)
+    return "good" if report.verdict == "cleaned" and not serious else "open"
+
+
+def _process_figures(report: Report) -> list[Figure]:
+    """How training went."""
+    phases = report.trace.phases
+    if not plots.has_losses(phases):
+        return []
+    chance = 1 / report.samples.num_classes
+    spans = ", ".join(f"{p.name} ({len(p.epochs)} epochs)" for p in phases)
+    numbers = (("", "; ".join(f"{i} {p.name}" for i, p in enumerate(phases, 1))),)
+    lines = (("dash muted", "on the training batches"), ("line after", "on the held-out share"))
+    ends = [(p.name, p.epochs[0], p.epochs[-1]) for p in phases if p.epochs]
+    accuracy = "; ".join(f"{n} from {a.accuracy:.1%} to {b.accuracy:.1%}" for n, a, b in ends)
+    loss = "; ".join(f"{n} from {a.loss:.3g} to {b.loss:.3g}" for n, a, b in ends)
+    measured = {key for p in phases for e in p.epochs for key in e.measured}
+    kinds = {kind: lines if any(key.endswith(kind) for key in measured) else lines[:1] for kind in ("accuracy", "loss")}
+    accuracy_drawn, numbered = plots.curves(phases, "accuracy", chance)
+    loss_drawn, _ = plots.curves(phases, "loss")
+    return [
+        Figure(
+            "curves-accuracy",
+            "Accuracy while training",
+            accuracy_drawn,
+            f"Phases: {spans}. Accuracy on the training batches: {accuracy}.",
+            kinds["accuracy"] + (numbers if numbered else ()),
+        ),
+        Figure(
+            "curves-loss",
+            "Loss while training",
+            loss_drawn,
+            f"Phases: {spans}. Loss on the training batches: {loss}.",
+            kinds["loss"] + (numbers if numbered else ()),
+        ),
+    ]
+
+
+def _evidence_figures(report: Report) -> list[Figure]:
+    """What the network did before and does after."""
+    before, after = report.before, report.after
+    names = [report.class_name(i) for i in range(report.samples.num_classes)]
+    rows = [("accuracy", before.accuracy, after.accuracy)]
+    if before.asr and after.asr and before.ra and after.ra:
+        rows += [("attack success", before.asr, after.asr), ("robust accuracy", before.ra, after.ra)]
+    drawn, shown = plots.per_class(before, after, names)
+    part = f"The {shown} classes that changed most, of {len(names)}. " if shown < len(names) else ""
+    figures = [
+        Figure(
+            "rates",
+            "Before and after, with 95% intervals",
+            plots.rates(rows),
+            "; ".join(f"{name.capitalize()}: {_rate(b)} before, {_rate(a)} after" for name, b, a in rows) + ".",
+            _BEFORE_AFTER,
+        ),
+        Figure(
+            "per-class",
+            "Accuracy of each class",
+            drawn,
+            f"{part}The table holds all of them." if part else "The table holds the values.",
+            (*_BEFORE_AFTER, ("line bad", "lost more than 10 points")),
+        ),
+    ]
+    for which, found in (("before", before), ("after", after)):
+        wrong = sorted((cell for cell in found.confusion if cell[0] != cell[1]), key=lambda cell: -cell[2])[:3]
+        most = "; ".join(f"{names[t]} for {names[p]} ({n})" for t, p, n in wrong) or "nothing"
+        figures.append(
+            Figure(
+                f"confusion-{which}",
+                f"Confusion {which}",
+                plots.confusion(found, names, which),
+                f"A row is a true class, a column the answer. Most often mistaken: {most}.",
+                _CELLS,
+            )
+        )
+    return figures
+
+
+def _inside_figures(report: Report) -> list[Figure]:
+    """What happened inside the network: unit scores and weights."""
+    figures = []
+    scores = report.trace.scores
+    if any(layer.scores for layer in scores):
+        names = [report.class_name(i) for i in range(report.samples.num_classes)]
+        drawn, shown = plots.unit_scores(scores, _threshold(report), names)
+        units = sum(len(layer.scores) for layer in scores)
+        layers = "one scored layer" if len(scores) == 1 else f"{len(scores)} scored layers"
+        flagged = "; ".join(
+            f"{layer.layer}: {', '.join(map(str, layer.flagged[:12]))}{'…' if len(layer.flagged) > 12 else ''}"
+            for layer in scores
+            if layer.flagged
+        )
+        part = f" Drawn are the {shown} layers with the farthest units." if shown < len(scores) else ""
+        figures.append(
+            Figure(
+                "unit-scores",
+                "Suspicion scores of the units",
+                drawn,
+                f"{units:,} units in {layers}.{part} Flagged and reset: {flagged or 'none'}.",
+                (("disc bad", "flagged"), ("disc after", "other units; many units as a density")),
+            )
+        )
+    moved = [c for c in report.weights if c.relative is not None and not c.buffer and len(c.shape) >= 2]
+    if moved:
+        drawn, shown = plots.weight_changes(report.weights)
+        most = max(moved, key=lambda c: c.relative or 0.0)
+        part = f" Drawn are the {shown} that changed most." if shown < len(moved) else ""
+        figures.append(
+            Figure(
+                "weights",
+                "How far the weights moved",
+                drawn,
+                f"Relative change of {len(moved)} weight tensors, first layers on top.{part} "
+                f"Most: {most.name}, {most.relative:.3g}.",
+            )
+        )
+    return figures
+
+
+def _threshold(report: Report) -> float | None:
+    """The number of robust deviations from which units are flagged, where the method states one."""
+    for found in (report.trace.values.get("threshold"), report.method.fields.get("threshold")):
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            return float(found)
+    return None
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.value:.1%} ({rate.interval.low:.1%} to {rate.interval.high:.1%})"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _points(value: float) -> str:
+    """A difference of rates in points, with its sign."""
+    return f"{'+' if value >= 0 else '−'}{abs(100 * value):.1f}"
+
+
+def _number(value: object) -> str:
+    """Any value of a record in a cell."""
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}" if math.isfinite(value) else "not finite"
+        case list() | tuple():
+            return ", ".join(_number(item) for item in value) or "–"
+        case _:
+            return str(value)
+
+
+def _interval(value: Interval) -> str:
+    return f"{value.low:.1%} – {value.high:.1%}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    filters: dict[str, Callable[..., str]] = {
+        "percent": _percent,
+        "points": _points,
+        "number": _number,
+        "interval": _interval,
+        "duration": _duration,
+    }
+    environment.filters.update(filters)
+    source = package_files("unbackdoor.report").joinpath("template.html").read_text(encoding="utf-8")
+    return environment.from_string(source)
