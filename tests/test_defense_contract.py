@@ -186,6 +186,16 @@ def test_it_works_on(name: str, case: str) -> None:
 
 
 @each_defense
+def test_every_preset_works(name: str) -> None:
+    cls = specs.lookup("defense", name)
+    settings = specs.parse(SHORT[name])[1]
+    for preset in specs.presets_of(cls):
+        thing = specs.construct(cls, name, {"preset": preset, **settings})
+        returns_a_finite_network_of_the_same_form(thing)
+        assert specs.build("defense", specs.text_of(thing, "defense")) == thing
+
+
+@each_defense
 def test_its_settings_are_frozen_named_and_written_as_a_spec(name: str) -> None:
     cls = specs.lookup("defense", name)
     parameters = cls.__dataclass_params__
