@@ -6,7 +6,7 @@ import dataclasses
 import string
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import example, given
@@ -39,6 +39,19 @@ class Everything:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preset:
+    """With named settings, as a method that was published in several forms has them."""
+
+    lr: float = 0.1
+    layers: tuple[str, ...] = ("head",)
+    stop: float | None = None
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "authors-v1": {"lr": 0.01, "layers": ("a", "b")},
+        "third party": {"stop": 0.5},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Needy:
     size: int
     shape: tuple[int, int]
@@ -53,6 +66,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
             **specs.REGISTRY["defense"],
             "everything": f"{__name__}:Everything",
             "needy": f"{__name__}:Needy",
+            "preset": f"{__name__}:Preset",
         },
     }
     monkeypatch.setattr(specs, "REGISTRY", registry)
@@ -93,6 +107,33 @@ def test_what_an_object_writes_builds_it_again(thing: Everything) -> None:
     assert specs.key(specs.resolved(again, "defense")) == specs.key(specs.resolved(thing, "defense"))
 
 
+@given(
+    st.builds(
+        Preset,
+        lr=st.sampled_from([0.1, 0.01, 7.0]),
+        layers=st.sampled_from([("head",), ("a", "b"), ("c",)]),
+        stop=st.sampled_from([None, 0.5, 0.25]),
+    )
+)
+def test_so_does_an_object_with_presets(thing: Preset) -> None:
+    assert specs.build("defense", specs.text_of(thing, "defense")) == thing
+
+
+def test_the_nearest_preset_is_written() -> None:
+    assert specs.text_of(Preset(), "defense") == "preset"
+    assert specs.text_of(Preset(lr=0.01), "defense") == "preset(lr=0.01)"
+    assert specs.text_of(Preset(lr=0.01, layers=("a", "b")), "defense") == "preset(preset=authors-v1)"
+    near = Preset(lr=0.01, layers=("a", "b"), stop=0.25)
+    assert specs.text_of(near, "defense") == "preset(preset=authors-v1, stop=0.25)"
+    assert specs.resolved(near, "defense") == {
+        "name": "preset",
+        "version": 1,
+        "lr": 0.01,
+        "layers": ("a", "b"),
+        "stop": 0.25,
+    }
+
+
 @given(st.text(alphabet=string.printable, max_size=40))
 @example("seam(a='\\d')")
 @example("seam(a=1if)")
@@ -127,6 +168,10 @@ def test_text_made_of_grammar_is_read_or_refused_too(text: str) -> None:
         ("everything(nested=((1, 2), (3,), ()))", Everything(nested=((1, 2), (3,), ()))),
         ("everything(either=(head, tail))", Everything(either=("head", "tail"))),
         ("everything(choice=1)", Everything(choice=1)),
+        ("preset(preset=default)", Preset()),
+        ("preset(preset=authors-v1)", Preset(lr=0.01, layers=("a", "b"))),
+        ("preset(lr=3, preset=authors-v1)", Preset(lr=3.0, layers=("a", "b"))),
+        ("preset(preset='third party')", Preset(stop=0.5)),
         ("needy(size=3, shape=(4, 5))", Needy(size=3, shape=(4, 5))),
     ],
 )
@@ -150,7 +195,10 @@ def test_what_people_write(text: str, expected: Any) -> None:
         ("everything(count=1+x)", "'1\\+x' is no value"),
         ("everything(pair=(1, 2])", "is no value"),
         ("everything(cuont=1)", "everything has no field 'cuont'; did you mean 'count'\\?"),
-        ("evrything", "unknown defense 'evrything'; did you mean 'everything'\\? There are: everything, ft, needy"),
+        (
+            "evrything",
+            "unknown defense 'evrything'; did you mean 'everything'\\? There are: everything, ft, needy, preset",
+        ),
         ("everything(count=1.5)", "everything\\(count=1.5\\): must be int"),
         ("everything(count=true)", "everything\\(count=True\\): must be int"),
         ("everything(on=1)", "everything\\(on=1\\): must be bool"),
@@ -163,6 +211,9 @@ def test_what_people_write(text: str, expected: Any) -> None:
         ("everything(maybe=x)", "must be float \\| None"),
         ("everything(pair=(1, 2, 3))", "must be tuple\\[float, int\\]"),
         ("everything(layers=(1, 2))", "must be str"),
+        ("preset(preset=authors)", "preset has no preset 'authors'; did you mean 'authors-v1'\\?"),
+        ("preset(preset=3)", "preset has no preset 3; There are: authors-v1, default, third party"),
+        ("everything(preset=default)", "everything has no field 'preset'"),
         ("needy(rate=2)", "needy needs size, shape: write needy\\(size=..., shape=...\\)"),
     ],
 )

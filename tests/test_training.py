@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -157,6 +158,35 @@ def test_the_gradient_is_clipped_to_a_global_norm() -> None:
     fit(model, samples(16), recipe(epochs=1, momentum=0.0, lr=1.0, clip_norm=0.25), Rng(0))
     moved = [new.detach() - old.detach() for new, old in zip(model.parameters(), before.parameters(), strict=True)]
     assert math.sqrt(sum(float(m.square().sum()) for m in moved)) == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_step_cap_bounds_matrices_by_their_own_size_and_nothing_else(optimizer: str) -> None:
+    model = convolutional(norm=False)
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)  # a first layer for inputs in 0..255
+    sizes = {name: p.detach().square().mean().sqrt().item() for name, p in model.named_parameters()}
+    before = weights(model)
+    plan = recipe(epochs=1, batch_size=40, optimizer=optimizer, lr=0.05, momentum=0.0, step_cap=0.01)
+    free, capped = convolutional(norm=False), convolutional(norm=False)
+    for each in (free, capped):
+        each.load_state_dict(before)
+    fit(free, samples(40), replace(plan, step_cap=None), Rng(0))
+    epochs = fit(capped, samples(40), plan, Rng(0))
+    assert epochs[0].lr == 0.05
+    for name, start in before.items():
+        share = min(1.0, 0.01 * sizes[name] / 0.05) if start.ndim > 1 else 1.0
+        expected = share * (free.state_dict()[name] - start)
+        assert torch.allclose(capped.state_dict()[name] - start, expected, atol=1e-7), name
+
+
+def test_a_step_cap_of_zero_weights_is_none() -> None:
+    model, free = linear(), linear()
+    for each in (model, free):
+        nn.init.zeros_(each[1].weight)
+    fit(model, samples(), recipe(step_cap=0.01), Rng(0))
+    fit(free, samples(), recipe(), Rng(0))
+    assert same(weights(model), weights(free))
 
 
 # Schedules
@@ -567,6 +597,7 @@ def test_progress_is_shown_by_epoch_and_finished_even_on_an_error() -> None:
         ({"weight_decay": -1e-4}, "weight_decay must be a finite number, at least 0, not -0.0001"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), not 1.0"),
         ({"clip_norm": 0.0}, "clip_norm must be None or > 0, not 0.0"),
+        ({"step_cap": 0.0}, "step_cap must be None or > 0, not 0.0"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, not 'lion'"),
         ({"schedule": "warm"}, "schedule must be one of constant, cosine, .*, not 'warm'"),
         ({"augment": "mixup"}, "augment must be one of none, crop, crop-flip, not 'mixup'"),
