@@ -36,7 +36,7 @@ types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
 docs: $(STAMP) ## the documentation, as site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP) ## fit() against a plain PyTorch loop, on an otherwise idle machine
 	$(BIN)/python benchmarks/fit_speed.py
