@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,28 +14,22 @@ from unbackdoor.errors import ConfigError
 from unbackdoor.rng import Rng
 
 
-def views(image: Tensor, *, flips: bool) -> set[tuple[int, ...]]:
-    """Every crop of the zero-padded image, plain and mirrored, made pixel by pixel."""
-    channels, height, width = image.shape
+def views(image: Tensor, *, flips: bool) -> set[bytes]:
+    """Every crop of the zero-padded image, plain and mirrored, cut out one by one."""
+    _, height, width = image.shape
     up, side = padding_for(height), padding_for(width)
     found = set()
-    for dy in range(-up, up + 1):
-        for dx in range(-side, side + 1):
-            for mirrored in (False, True) if flips else (False,):
-                pixels = []
-                for c in range(channels):
-                    for row in range(height):
-                        for column in range(width):
-                            y, x = row + dy, (width - 1 - column if mirrored else column) + dx
-                            inside = 0 <= y < height and 0 <= x < width
-                            pixels.append(int(image[c, y, x]) if inside else 0)
-                found.add(tuple(pixels))
+    for pixels in (image.numpy(), image.numpy()[:, :, ::-1]) if flips else (image.numpy(),):
+        padded = np.pad(pixels, ((0, 0), (up, up), (side, side)))
+        for top in range(2 * up + 1):
+            for left in range(2 * side + 1):
+                found.add(padded[:, top : top + height, left : left + width].tobytes())
     return found
 
 
 @given(
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
+    height=st.integers(1, 34),
+    width=st.integers(1, 34),
     channels=st.integers(1, 3),
     how=st.sampled_from(["crop", "crop-flip"]),
     dtype=st.sampled_from([torch.uint8, torch.float32]),
@@ -51,37 +46,45 @@ def test_each_image_becomes_one_of_its_crops(
     assert made.dtype == dtype
     assert torch.equal(x, kept)
     for before, after in zip(x, made, strict=True):
-        assert tuple(int(v) for v in after.flatten()) in views(before, flips=how == "crop-flip")
+        assert after.contiguous().numpy().tobytes() in views(before, flips=how == "crop-flip")
 
 
 def test_every_place_and_both_sides_come_up_about_equally_often() -> None:
     n = 20_000
-    image = torch.zeros(1, 1, 8, 8)  # padding 1: 3 × 3 places; the marks are off centre, to tell flips apart
-    image[0, 0, 3, 2] = 1
-    made = augment(image.expand(n, 1, 8, 8), "crop-flip", Rng(0).stream())
-    where = made.flatten(1).argmax(1)
-    counts = torch.bincount(where, minlength=64).reshape(8, 8)
+    image = torch.zeros(1, 1, 16, 16)  # padding 2: 5 × 5 places; the mark is off centre, to tell flips apart
+    image[0, 0, 6, 4] = 1
+    made = augment(image.expand(n, 1, 16, 16), "crop-flip", Rng(0).stream())
+    counts = torch.bincount(made.flatten(1).argmax(1), minlength=256).reshape(16, 16)
     rows, columns = counts.sum(1) / n, counts.sum(0) / n
-    assert rows[2:5].tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
-    # Plain, the mark lands in columns 1..3; mirrored, in 4..6.
-    assert columns[1:7].tolist() == pytest.approx([1 / 6] * 6, abs=0.02)
+    assert rows[4:9].tolist() == pytest.approx([1 / 5] * 5, abs=0.02)
+    # Plain, the mark lands in columns 2..6; mirrored, in 9..13.
+    assert [*columns[2:7].tolist(), *columns[9:14].tolist()] == pytest.approx([1 / 10] * 10, abs=0.02)
 
 
 def test_crop_alone_never_mirrors() -> None:
-    x = torch.zeros(500, 1, 8, 8, dtype=torch.uint8)
-    x[:, :, :, 1] = 1
-    assert augment(x, "crop", Rng(0).stream())[..., 4:].sum() == 0
+    x = torch.zeros(500, 1, 16, 16, dtype=torch.uint8)
+    x[:, :, :, 2] = 1
+    assert augment(x, "crop", Rng(0).stream())[..., 5:].sum() == 0
+
+
+def test_small_images_are_mirrored_and_not_cropped() -> None:
+    x = torch.randint(0, 256, (64, 1, 8, 8), generator=Rng(0).stream(), dtype=torch.uint8)
+    assert torch.equal(augment(x, "crop", Rng(0).stream()), x)
+    made = augment(x, "crop-flip", Rng(0).stream())
+    as_they_are, mirrored = (made == x).flatten(1).all(1), (made == x.flip(3)).flatten(1).all(1)
+    assert (as_they_are ^ mirrored).all()
+    assert 10 < int(mirrored.sum()) < 54
 
 
 def test_channels_of_a_pixel_stay_together() -> None:
-    plane = torch.randint(1, 200, (16, 1, 8, 8), generator=Rng(0).stream(), dtype=torch.uint8)
+    plane = torch.randint(1, 200, (16, 1, 18, 18), generator=Rng(0).stream(), dtype=torch.uint8)
     made = augment(torch.cat([plane, plane + 1], 1), "crop-flip", Rng(1).stream())
     inside = made[:, 0] > 0
     assert torch.equal(made[:, 1][inside], made[:, 0][inside] + 1)
 
 
 def test_the_result_is_channels_last_and_repeats_with_its_seed() -> None:
-    x = torch.randint(0, 256, (8, 3, 12, 12), generator=Rng(0).stream(), dtype=torch.uint8)
+    x = torch.randint(0, 256, (8, 3, 20, 20), generator=Rng(0).stream(), dtype=torch.uint8)
     one, same, other = (augment(x, "crop-flip", Rng(seed).stream()) for seed in (1, 1, 2))
     assert one.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(one, same)
@@ -93,7 +96,7 @@ def test_none_is_none() -> None:
     assert augment(x, "none", Rng(0).stream()) is x
 
 
-@pytest.mark.parametrize(("size", "padding"), [(1, 1), (8, 1), (28, 3), (32, 4), (64, 8), (224, 28)])
+@pytest.mark.parametrize(("size", "padding"), [(1, 0), (15, 0), (16, 2), (28, 3), (32, 4), (64, 8), (224, 28)])
 def test_padding_grows_with_the_image(size: int, padding: int) -> None:
     assert padding_for(size) == padding
 

@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(precision: str, optimi
     def trained(seed: int) -> dict[str, Tensor]:
         model = convolutional(dropout=0.5)
         plan = recipe(precision=precision, optimizer=optimizer, lr=0.01, augment="crop-flip", schedule="one-cycle")
-        fit(model, samples(), plan, Rng(seed))
+        fit(model, samples(size=16), plan, Rng(seed))
         return weights(model)
 
     first = trained(1)
@@ -355,8 +355,8 @@ def test_the_batch_hook_has_a_stream_of_its_own_that_goes_on_over_the_epochs() -
         return x, y
 
     with_hook, without = convolutional(), convolutional()
-    fit(with_hook, samples(), recipe(augment="crop-flip"), Rng(1), batch=batch)
-    fit(without, samples(), recipe(augment="crop-flip"), Rng(1))
+    fit(with_hook, samples(size=16), recipe(augment="crop-flip"), Rng(1), batch=batch)
+    fit(without, samples(size=16), recipe(augment="crop-flip"), Rng(1))
     assert same(weights(with_hook), weights(without))  # neither order nor crops are disturbed
     assert draws == torch.stack([*torch.rand(6, generator=Rng(1).stream("batch"))]).tolist()
 
