@@ -46,16 +46,16 @@ class SEAM:
         recover_epochs: epochs at most.
         recover_images: instead, where above 0: as many epochs as pass about so many images, so that a recovery means
             the same at every number of samples (at most 300 epochs).
-        recover_stop: "plateau", ten epochs without a better held-out loss; "credits", the authors' rule, ``recover_credits``
-            of which one is lost per epoch with accuracy above ``recover_target``, or after epoch 50 with accuracy more
-            than 0.001 below the best; or "never".
+        recover_stop: "plateau", ten epochs without a better held-out loss; "credits", the authors' rule,
+            ``recover_credits`` of which one is lost per epoch with accuracy above ``recover_target``, or after epoch 50
+            with accuracy more than 0.001 below the best; or "never".
         recover_stop_on: where that accuracy is measured: "held-out", "recover-set", or "running" (train mode, over the
             epoch).
         distill: weight of a second term in the recovery: the divergence from the given network's outputs on the same
             clean batch, at temperature 2. It carries the skill back; no triggered input is ever among them.
-        strengths: factors of ``recover_lr``, tried upwards from 1 while the held-out accuracy stays within ``tolerance``
-            (or one standard error) of what it was, downwards if even 1 does not keep it; the strongest that does is
-            kept. A single strength is not searched.
+        strengths: factors of ``recover_lr``, tried upwards from 1 while the held-out accuracy stays within
+            ``tolerance`` (or one standard error) of what it was, downwards if even 1 does not keep it; the strongest
+            that does is kept. A single strength is not searched.
         tolerance: accuracy that may be lost on the held-out samples, in [0, 1].
         refit: run the chosen strength once more with the held-out samples joined to the others.
         step_cap: see :class:`unbackdoor.training.Recipe`.

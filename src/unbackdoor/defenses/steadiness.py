@@ -1,7 +1,7 @@
 """Learning rates that the network at hand can take, found on the clean samples alone.
 
-A fixed learning rate does not travel: what fine-tunes one network sends another, without normalisation or with inputs in
-0..255, to chance, from where it cannot come back.
+A fixed learning rate does not travel: what fine-tunes one network sends another, without normalisation or with inputs
+in 0..255, to chance, from where it cannot come back.
 """
 
 from __future__ import annotations

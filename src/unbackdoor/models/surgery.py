@@ -59,7 +59,7 @@ def unit_layers(model: nn.Module) -> list[UnitLayer]:
     layers = []
     for name, module in model.named_modules():
         if is_row_layer(module):
-            layers.append(UnitLayer(name, module, module.weight, module.bias))  # type: ignore[arg-type]
+            layers.append(UnitLayer(name, module, module.weight, module.bias))
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             layers.append(UnitLayer(name, module, module.in_proj_weight, module.in_proj_bias))
     if not layers:
