@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,6 @@ from unbackdoor.models.architectures import build_network
 from unbackdoor.rng import Rng
 from unbackdoor.training import Recipe, fit
 from unbackdoor.types import Samples
-
 
 T = TypeVar("T")
 
@@ -88,11 +86,11 @@ def halves(test: Samples) -> tuple[Samples, Samples]:
 
 
 def victim_name(setting: str, attack: str | None) -> str:
-    return f"{setting}-{(attack or 'clean').translate(str.maketrans({'(': '-', ')': None, ',': '-', '=': None, ' ': None}))}"
+    return f"{setting}-{re.sub(r'[(,] ?', '-', attack or 'clean').replace(')', '').replace('=', '')}"
 
 
 def plant_one(name: str, setting: Setting, attack_text: str | None, seed: int, root: str | None, folder: Path) -> None:
-    train, test = (load_dataset(setting.dataset, split, root) for split in ("train", "test"))  # type: ignore[arg-type]
+    train, test = (load_dataset(setting.dataset, split, root) for split in ("train", "test"))
     rng = Rng(seed).child("victim", name)
     channels, size, _ = train.image_shape
     model = build_network(

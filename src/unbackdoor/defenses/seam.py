@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from unbackdoor.augmentation import Augmentation
 from unbackdoor.errors import ConfigError, TrainingDiverged
-from unbackdoor.inference import Fit, measure
+from unbackdoor.inference import Fit, measure, predict
 from unbackdoor.rng import Rng
 from unbackdoor.training import BatchHook, EndOfEpoch, Optimizer, Recipe, Schedule, Step, fit
 from unbackdoor.types import Epoch, Phase, Removal, Samples, Trace
@@ -51,12 +51,15 @@ class SEAM:
             with accuracy more than 0.001 below the best; or "never".
         recover_stop_on: where that accuracy is measured: "held-out", "recover-set", or "running" (train mode, over the
             epoch).
-        distill: weight of a second term in the recovery: the divergence from the given network's outputs on the same
-            clean batch, at temperature 2. It carries the skill back; no triggered input is ever among them.
-        strengths: factors of ``recover_lr``, tried upwards from 1 while the held-out accuracy stays within
-            ``tolerance`` (or one standard error) of what it was, downwards if even 1 does not keep it; the strongest
-            that does is kept. A single strength is not searched.
-        tolerance: accuracy that may be lost on the held-out samples, in [0, 1].
+        distill: weight of the recovery's second term, the divergence from the given network's outputs on the same
+            clean batch at temperature 2; 0 is off. It carries the skill back: no triggered input is among them.
+        mix: blend the batch with itself in another order (mixup, uniform weights), images and labels alike, so that few
+            samples show the given network's function at many more places.
+        strengths: factors of ``recover_lr``. The recovery starts at the one nearest to 1 and goes up while the skill on
+            the held-out samples stays within ``tolerance`` plus one standard error of the best, and down where that is
+            better; the strongest that stays is kept. A single strength is not searched.
+        tolerance: mean probability of the true class that may be lost on the held-out samples from one strength to the
+            best, in [0, 1].
         refit: run the chosen strength once more with the held-out samples joined to the others.
         step_cap: see :class:`unbackdoor.training.Recipe`.
         augment: "crop", "crop-flip" where a flip preserves the label, or "none"; in both phases.
@@ -75,17 +78,18 @@ class SEAM:
     forget_patience: int = 1
     recover_optimizer: Optimizer = "adamw"
     recover_betas: tuple[float, float] = (0.9, 0.999)
-    recover_lr: float = 6e-3
+    recover_lr: float = 1e-3
     recover_weight_decay: float = 1.0
     recover_schedule: Schedule = "one-cycle"
     recover_epochs: int = 40
-    recover_images: int = 24_000
+    recover_images: int = 16_000
     recover_stop: Literal["plateau", "credits", "never"] = "never"
     recover_stop_on: Literal["held-out", "recover-set", "running"] = "held-out"
     recover_target: float = 1.0
     recover_credits: int = 1
-    distill: float = 1.0
-    strengths: tuple[float, ...] = (0.1, 0.3, 1.0, 2.0, 4.0)
+    distill: float = 4.0
+    mix: bool = True
+    strengths: tuple[float, ...] = (1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0)
     tolerance: float = 0.01
     refit: bool = True
     step_cap: float | None = 0.5
@@ -101,6 +105,7 @@ class SEAM:
         "recover_schedule": "constant",
         "recover_images": 0,
         "distill": 0.0,
+        "mix": False,
         "strengths": (1.0,),
         "refit": False,
         "step_cap": None,
@@ -194,12 +199,16 @@ class SEAM:
 
 @dataclass(frozen=True)
 class _Trial:
-    """One strength: the recovered model, its phases, and its fit on the held-out samples."""
+    """One strength: the recovered model, its phases, and what it gives each held-out sample's true class."""
 
     strength: float
     model: nn.Module
     phases: tuple[Phase, ...]
-    held_out: Fit
+    skill: Tensor
+
+    @property
+    def mean(self) -> float:
+        return self.skill.mean().item()
 
 
 class _Amnesia:
@@ -210,78 +219,72 @@ class _Amnesia:
         self.notes: list[str] = []
         rest, held_out = clean.split(settings.held_out, rng.stream("held-out"))
         if held_out is None:
-            self.notes.append(
-                "no class has two samples: nothing could be held out, the rules look at the training samples"
-            )
+            self._note("no class has two samples: nothing could be held out, the rules look at the training samples")
         self.clean, self.rest, self.watched = clean, rest, held_out or rest
+        self.teacher = copy.deepcopy(model).eval()
         self.before = measure(model, self.watched)
         self.classes = clean.num_classes
         self.wrong_label = settings.wrong_label
         if self.classes == 2 and self.wrong_label == "not-true":
             self.wrong_label = "any"
-            self.notes.append(
-                "two classes: random labels are drawn from both, since a fixed flip would not be forgetting"
-            )
+            self._note("two classes: random labels are drawn from both, since a fixed flip would not be forgetting")
 
     def run(self) -> Removal:
-        chosen, tried = self._search()
-        keeps = self._keeps(chosen)
-        phases = chosen.phases
+        tried: dict[float, _Trial | None] = {}
+        chosen = self._search(tried)
+        phases, model = chosen.phases, chosen.model
         if self.settings.refit and len(self.rest) < len(self.clean):
             # The same generators: the refit differs from the trial by the samples that join, and by nothing else.
             again = self._trial(chosen.strength, self.clean, "all samples")
-            if again is not None and self._keeps(again):
-                chosen, phases = again, (*phases, *again.phases)
+            if again is not None and again.mean >= chosen.mean - self.settings.tolerance:
+                model, phases = again.model, (*phases, *again.phases)
             else:
-                self.notes.append(
-                    "training on all samples lost what the trial had kept: the trial's network is returned"
-                )
-        if not keeps:
-            self.notes.append(
-                "no strength kept the accuracy on the held-out samples: the one that kept most is returned"
-            )
+                self._note("training on all samples lost what the trial had kept: the trial's network is returned")
+        accuracy = measure(chosen.model, self.watched).accuracy
         values: dict[str, float | int | str | bool] = {
             "strength": chosen.strength,
-            "strengths tried": " ".join(f"{t.strength:g}" for t in tried),
-            "held-out accuracy before": self.before.accuracy,
-            "held-out accuracy of the trial": next(t.held_out.accuracy for t in tried if t.strength == chosen.strength),
+            "strengths tried": ", ".join(f"{s:g}" for s in sorted(tried)),
             "held-out samples": len(self.watched),
+            "held-out accuracy before": self.before.accuracy,
+            "held-out accuracy at the chosen strength": accuracy,
         }
-        return Removal(chosen.model, Trace(phases, (), values, tuple(self.notes)))
+        return Removal(model, Trace(phases, (), values, tuple(self.notes)))
 
-    def _search(self) -> tuple[_Trial, list[_Trial]]:
-        """The strongest strength that keeps the accuracy, and all that were tried."""
-        tried: list[_Trial] = []
-
-        def attempt(strength: float) -> _Trial | None:
-            trial = self._trial(strength, self.rest, f"strength {strength:g}")
-            if trial is not None:
-                tried.append(trial)
-            return trial
-
+    def _search(self, tried: dict[float, _Trial | None]) -> _Trial:
+        """Climb to the strongest recovery that keeps the skill; ``tried`` takes what was tried, None for diverged."""
         ordered = sorted(self.settings.strengths)
         start = min(range(len(ordered)), key=lambda i: abs(math.log(ordered[i])))
-        best = None
-        for strength in ordered[start:]:
-            trial = attempt(strength)
-            if trial is None or not self._keeps(trial):
-                break
-            best = trial
-        if best is None:
-            for strength in reversed(ordered[:start]):
-                trial = attempt(strength)
-                if trial is not None and self._keeps(trial):
-                    best = trial
-                    break
-        if not tried:
-            raise TrainingDiverged(f"SEAM diverged at every strength ({', '.join(f'{s:g}' for s in ordered)})")
-        return best or max(tried, key=lambda t: (t.held_out.accuracy, -t.held_out.loss)), tried
 
-    def _keeps(self, trial: _Trial) -> bool:
-        """Whether the loss of held-out accuracy is within the tolerance, or within one standard error."""
-        p = self.before.accuracy
-        error = math.sqrt(max(p * (1 - p), 1e-4) / len(self.watched))
-        return self.before.accuracy - trial.held_out.accuracy <= max(self.settings.tolerance, error) + 1e-9
+        def attempt(index: int) -> _Trial | None:
+            strength = ordered[index]
+            tried[strength] = self._trial(strength, self.rest, f"strength {strength:g}")
+            return tried[strength]
+
+        chosen = best = attempt(start)
+        for index in range(start + 1, len(ordered)):
+            stronger = attempt(index) if best is not None else None
+            if best is None or stronger is None or not self._holds(stronger, best):
+                break
+            chosen, best = stronger, max(stronger, best, key=lambda t: t.mean)
+        if chosen is None or (chosen.strength == ordered[start] and self._cost_much(chosen)):
+            for index in reversed(range(start)):
+                weaker = attempt(index)
+                if chosen is not None and (weaker is None or self._holds(chosen, weaker)):
+                    break
+                chosen = weaker
+        if chosen is None:
+            raise TrainingDiverged(f"SEAM diverged at every strength ({', '.join(f'{s:g}' for s in ordered)})")
+        return chosen
+
+    def _holds(self, trial: _Trial, best: _Trial) -> bool:
+        """Whether ``trial`` keeps the skill of ``best`` but for the tolerance and one standard error of the pairs."""
+        lost = best.skill - trial.skill
+        error = lost.std().item() / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
+        return lost.mean().item() <= self.settings.tolerance + error
+
+    def _cost_much(self, trial: _Trial) -> bool:
+        """Whether a weaker recovery is worth a look: the held-out accuracy fell by five times the tolerance."""
+        return self.before.accuracy - measure(trial.model, self.watched).accuracy > 5 * self.settings.tolerance
 
     def _trial(self, strength: float, samples: Samples, name: str) -> _Trial | None:
         model = copy.deepcopy(self.given)
@@ -289,10 +292,10 @@ class _Amnesia:
             forgotten = self._forget(model, samples)
             recovered = self._recover(model, samples, strength, name)
         except TrainingDiverged as error:
-            self.notes.append(f"strength {strength:g}: {error}")
+            self._note(f"strength {strength:g}: {error}")
             return None
         phases = (Phase(f"forget ({name})", tuple(forgotten)), Phase(f"recover ({name})", tuple(recovered)))
-        return _Trial(strength, model, phases, measure(model, self.watched))
+        return _Trial(strength, model, phases, true_class_probability(model, self.watched))
 
     def _forget(self, model: nn.Module, samples: Samples) -> list[Epoch]:
         s = self.settings
@@ -343,8 +346,8 @@ class _Amnesia:
         )
         looked_at = {"held-out": self.watched, "recover-set": samples, "running": None}[s.recover_stop_on]
         until = _Recovered(s, looked_at)
-        objective = Distillation(copy.deepcopy(self.given).eval(), s.distill) if s.distill else None
         rng = self.rng.child("recover")
+        objective = Recovery(self.teacher, s.distill, s.mix, rng.stream("mix")) if s.distill or s.mix else None
         return fit(model, samples, recipe, rng, objective=objective, until=until, name=f"recover ({name})")
 
     def _note(self, text: str) -> None:
@@ -364,19 +367,40 @@ def redraw_labels(classes: int, law: Literal["not-true", "any"]) -> BatchHook:
     return redraw
 
 
-class Distillation:
-    """CE on true labels + weight · T² · KL(given network ‖ model), both on the same augmented clean batch."""
+def true_class_probability(model: nn.Module, samples: Samples) -> Tensor:
+    """(N,) float64 on the CPU: the probability that the model gives to each sample's true class."""
+    probabilities = predict(model, samples, precision="auto").softmax(1).cpu().double()
+    return probabilities.gather(1, samples.labels.cpu()[:, None])[:, 0]
 
-    def __init__(self, teacher: nn.Module, weight: float, temperature: float = 2.0) -> None:
-        self.teacher, self.weight, self.temperature = teacher, weight, temperature
+
+class Recovery:
+    """The recovery's objective: CE on true labels + weight · T² · KL(given network ‖ model), on the same clean batch.
+
+    With ``mix`` the batch is blended with itself in another order first, by a uniform weight an image.
+    """
+
+    TEMPERATURE = 2.0
+
+    def __init__(self, teacher: nn.Module, weight: float, mix: bool, generator: torch.Generator) -> None:
+        self.teacher, self.weight, self.mix, self.generator = teacher, weight, mix, generator
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Step:
+        share, other = torch.ones(len(x), device=x.device), y
+        if self.mix:
+            order = torch.randperm(len(x), generator=self.generator).to(x.device)
+            share = torch.rand(len(x), generator=self.generator).to(x.device)
+            # lerp keeps the memory format, and with it the speed
+            x, other = torch.lerp(x[order], x, share[:, None, None, None].to(x.dtype)), y[order]
         logits = model(x)
+        each = F.cross_entropy(logits.float(), y, reduction="none")
+        others = F.cross_entropy(logits.float(), other, reduction="none")
+        entropy = (share * each + (1 - share) * others).mean()
+        if not self.weight:
+            return Step(entropy, logits, {"cross_entropy": entropy})
         with torch.no_grad():
-            wanted = F.log_softmax(self.teacher(x).float() / self.temperature, 1)
-        entropy = F.cross_entropy(logits.float(), y)
-        ours = F.log_softmax(logits.float() / self.temperature, 1)
-        gap = F.kl_div(ours, wanted, log_target=True, reduction="batchmean") * self.temperature**2
+            wanted = F.log_softmax(self.teacher(x).float() / self.TEMPERATURE, 1)
+        ours = F.log_softmax(logits.float() / self.TEMPERATURE, 1)
+        gap = F.kl_div(ours, wanted, log_target=True, reduction="batchmean") * self.TEMPERATURE**2
         return Step(entropy + self.weight * gap, logits, {"cross_entropy": entropy, "distillation": gap})
 
 
