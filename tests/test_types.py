@@ -132,6 +132,18 @@ def test_a_draw_takes_so_many_of_each_class_in_order(labels: list[int], per_clas
     assert torch.equal(y[places], drawn.labels)
 
 
+@given(labels=labels, per_class=st.integers(1, 20))
+def test_a_part_and_the_others_are_the_whole(labels: list[int], per_class: int) -> None:
+    y = torch.tensor(labels)
+    whole = Samples(torch.arange(len(y), dtype=torch.uint8)[:, None, None, None], y, 5)
+    drawn, others = whole.part(per_class, Rng(0).stream("draw"))
+    assert torch.equal(drawn.inputs, whole.draw(per_class, Rng(0).stream("draw")).inputs)
+    rest = [] if others is None else others.inputs.flatten().tolist()
+    assert rest == sorted(rest)
+    assert sorted([*drawn.inputs.flatten().tolist(), *rest]) == list(range(len(y)))
+    assert others is None or torch.equal(y[rest], others.labels)
+
+
 @pytest.mark.parametrize("per_class", [0, -1])
 def test_a_draw_of_nothing_is_refused(per_class: int) -> None:
     with pytest.raises(DataError, match=f"per_class must be at least 1, not {per_class}"):

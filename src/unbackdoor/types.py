@@ -123,12 +123,23 @@ class Samples:
         Raises:
             DataError: ``per_class`` is below 1.
         """
+        return self.part(per_class, generator)[0]
+
+    def part(self, per_class: int, generator: torch.Generator) -> tuple[Samples, Samples | None]:
+        """(what :meth:`draw` gives, the others in their given order); None where there are no others.
+
+        Raises:
+            DataError: ``per_class`` is below 1.
+        """
         if per_class < 1:
             raise DataError(f"per_class must be at least 1, not {per_class}")
         labels = self.labels.cpu()
         order = torch.randperm(len(labels), generator=generator)
-        chosen = [order[labels[order] == c][:per_class] for c in range(self.num_classes)]
-        return self.select(torch.cat(chosen).sort().values)
+        drawn = torch.zeros(len(labels), dtype=torch.bool)
+        for c in range(self.num_classes):
+            drawn[order[labels[order] == c][:per_class]] = True
+        others = (~drawn).nonzero()[:, 0]
+        return self.select(drawn.nonzero()[:, 0]), self.select(others) if len(others) else None
 
 
 def as_float(inputs: Tensor) -> Tensor:
