@@ -811,3 +811,14 @@ def test_whole_file_of_the_wild_is_read_without_the_pickle_module(
     monkeypatch.setattr(torch, "load", refuse)
     for path in (data_root / "third_party").glob("*.[pt]*h"):
         assert read_checkpoint(path).state
+
+
+def test_written_weights_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.write_text("")
+    write_safetensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    write_like(read_checkpoint(tmp_path / "a.safetensors"), {"a": torch.zeros(2)}, tmp_path / "b.safetensors")
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    write_like(read_checkpoint(tmp_path / "a.pt"), {"a": torch.zeros(2)}, tmp_path / "b.pt")
+    for name in ("a.safetensors", "b.safetensors", "b.pt"):
+        assert (tmp_path / name).stat().st_mode == ordinary.stat().st_mode

@@ -11,6 +11,7 @@ TorchScript of trusted origin alone, since its interpreter is no sandbox. ``trus
 from __future__ import annotations
 
 import copy
+import os
 import re
 import tempfile
 import warnings
@@ -240,6 +241,10 @@ def _replacing(path: Path, force: bool) -> Iterator[Path]:
     temporary = Path(folder) / path.name
     try:
         yield temporary
+        # safetensors makes its files private; weights are as readable as what the user writes otherwise.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
