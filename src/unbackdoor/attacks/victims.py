@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from unbackdoor import specs
 from unbackdoor.errors import CheckpointError, OutputExists
 from unbackdoor.models.architectures import build_network
+from unbackdoor.models.checkpoints import write_safetensors
 from unbackdoor.rng import Rng
 from unbackdoor.training import Recipe
 from unbackdoor.types import Attack
@@ -67,22 +67,38 @@ def save_victim(folder: str | os.PathLike[str], model: nn.Module, card: VictimCa
     """Write the victim's folder whole or not at all.
 
     Raises:
-        OutputExists: the folder is there and ``force`` is not given.
+        OutputExists: as :func:`refuse_folder`.
     """
     folder = Path(folder)
-    if folder.exists() and not force:
-        raise OutputExists(f"{folder} exists already: choose another folder, or overwrite it with --force")
+    refuse_folder(folder, force=force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
         new = Path(made) / "victim"
         new.mkdir()
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, new / WEIGHTS)
+        write_safetensors(model.state_dict(), new / WEIGHTS)
         content = {"format": _FORMAT, **dataclasses.asdict(card)}
         (new / CARD).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(Path(made) / "old")  # goes with the temporary folder
         new.replace(folder)
     return folder
+
+
+def refuse_folder(folder: str | os.PathLike[str], *, force: bool) -> None:
+    """Refuse a place where a victim would replace something: anything at all, or with ``force`` anything but a victim.
+
+    Raises:
+        OutputExists: the message names what is there.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not force:
+        raise OutputExists(f"{folder} exists already: choose another folder, or overwrite it with --force")
+    others = sorted({e.name for e in folder.iterdir()} - {WEIGHTS, CARD}) if folder.is_dir() else [folder.name]
+    if others:
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise OutputExists(f"{folder} is more than a victim's folder ({shown}), so --force does not replace it either")
 
 
 def is_victim(folder: str | os.PathLike[str]) -> bool:
