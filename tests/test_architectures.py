@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unbackdoor.errors import ArchitectureMismatch, CheckpointError, ConfigError, UnsafeCheckpoint
-from unbackdoor.models.architectures import build_network, load_network, resolve_spec
+from unbackdoor.models.architectures import build_network, load_network, read_sizes, resolve_spec
 from unbackdoor.models.checkpoints import read_checkpoint, write_like
 from unbackdoor.models.zoo import ZOO, cnn, preact_resnet18, vit_tiny
 from unbackdoor.rng import Rng
@@ -155,6 +155,18 @@ def test_sizes_are_read_for_other_packages(tmp_path: Path) -> None:
     assert equal(original, load_network(saved(original.state_dict(), tmp_path), "timm:vit_tiny_patch16_224"))
     original = build("torchvision:resnet18", in_channels=1, num_classes=6)
     assert equal(original, load_network(saved(original.state_dict(), tmp_path), "torchvision:resnet18"))
+
+
+def test_sizes_are_told_as_far_as_the_weights_tell(tmp_path: Path) -> None:
+    torch.save(cnn(num_classes=7, image_size=12, width=4).state_dict(), tmp_path / "cnn.pt")
+    told = {"num_classes": 7, "in_channels": 1, "image_size": 12}
+    assert read_sizes(read_checkpoint(tmp_path / "cnn.pt")) == told
+    torch.save(preact_resnet18(num_classes=5, width=4).state_dict(), tmp_path / "resnet.pt")
+    assert read_sizes(read_checkpoint(tmp_path / "resnet.pt"))["image_size"] is None
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "linear.pt")
+    with pytest.raises(CheckpointError, match="--arch"):
+        read_sizes(read_checkpoint(tmp_path / "linear.pt"))
+    assert read_sizes(read_checkpoint(tmp_path / "linear.pt"), "x.py:Linear")["num_classes"] == 2
 
 
 def test_mismatch_names_the_keys(tmp_path: Path) -> None:

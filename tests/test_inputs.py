@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import factories
 from owners_networks import data_root, owners_network
 from unbackdoor.data.loading import load_samples
 from unbackdoor.errors import ConfigError, DataError, UnsupportedModel
@@ -24,6 +25,7 @@ from unbackdoor.models.inputs import (
     Classifier,
     InputFormat,
     choose_format,
+    count_outputs,
     detect_output,
     final_softmax,
     first_tensor,
@@ -494,3 +496,20 @@ def test_public_checkpoints(name: str, data: str, right: str, output: str, publi
         return  # the search once more would only take time
     with pytest.raises(DataError, match=f"near chance; --normalize {right} reaches"):
         choose_format(network, samples, "0-255")
+
+
+class _Flat(nn.Linear):
+    """Takes (N, C·H·W) only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 2
+        return super().forward(x)
+
+
+def test_outputs_are_counted_in_any_layout_and_the_mode_stays() -> None:
+    data = factories.samples(channels=1, size=8)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Dropout(), nn.Flatten(), nn.Linear(72, 11)).train()
+    assert count_outputs(network, data) == 11
+    assert network.training
+    assert count_outputs(_Flat(64, 7), data) == 7
+    assert count_outputs(_Flat(65, 7), data) is None

@@ -102,22 +102,37 @@ def load_network(
     spec = resolve_spec(checkpoint, arch)
     if spec is None:
         return require_module(checkpoint).float().eval()
-    shapes = _shapes(checkpoint.state)
     name, own = specs.parse(spec)
     given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    read = {
-        "num_classes": count_classes(shapes),
-        "in_channels": count_channels(shapes),
-        "image_size": read_image_size(shapes),
-    }
+    read = read_sizes(checkpoint, arch)
     if name in ZOO:
-        told = zoo_arguments(name, shapes) or {}
-        read |= {key: told[key] for key in _ALIASES if key in told}
+        told = zoo_arguments(name, _shapes(checkpoint.state)) or {}
         own = {key: value for key, value in told.items() if key not in _ALIASES} | own
     offered = {key: value if value is not None else read[key] for key, value in given.items()}
     network = _build(name, own, {k: v for k, v in offered.items() if v is not None}, Rng(0))
     _load(network, checkpoint, spec)
     return network.float().eval()
+
+
+def read_sizes(checkpoint: Checkpoint, arch: str | None = None) -> dict[str, int | None]:
+    """``num_classes``, ``in_channels`` and ``image_size`` (pixels a side), each as far as the weights tell.
+
+    Args:
+        arch: what :func:`load_network` gets; a network of the zoo tells more than names and shapes alone.
+
+    Raises:
+        UnsafeCheckpoint, CheckpointError: as :func:`resolve_spec`.
+    """
+    shapes = _shapes(checkpoint.state)
+    read = {
+        "num_classes": count_classes(shapes),
+        "in_channels": count_channels(shapes),
+        "image_size": read_image_size(shapes),
+    }
+    spec = resolve_spec(checkpoint, arch)
+    name = "" if spec is None else specs.parse(spec)[0]
+    told = zoo_arguments(name, shapes) if name in ZOO else None
+    return read | {key: value for key, value in (told or {}).items() if key in read}
 
 
 def _shapes(state: Mapping[str, Tensor]) -> Shapes:

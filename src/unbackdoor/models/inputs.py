@@ -7,6 +7,7 @@ The rest of the package knows one kind of model: images (N, C, H, W) in [0, 1] i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -28,6 +29,7 @@ __all__ = [
     "InputFormat",
     "Output",
     "choose_format",
+    "count_outputs",
     "detect_output",
     "final_softmax",
     "first_tensor",
@@ -190,6 +192,17 @@ def network_channels(network: nn.Module) -> int | None:
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     # Another number tells that the first convolution by registration is not the first that runs.
     return first.in_channels if first is not None and first.in_channels in (1, 3) else None
+
+
+@torch.no_grad()
+def count_outputs(network: nn.Module, samples: Samples) -> int | None:
+    """How many class scores the network gives an image; None where it runs on such images in no layout."""
+    device = device_of(network)
+    images = samples.images(slice(0, 2)).to(device)
+    for layout in get_args(Layout):
+        with evaluating(network), suppress(Exception):  # the owner's network may raise anything
+            return int(Classifier(network, InputFormat(layout=layout))(images).shape[1])
+    return None
 
 
 @torch.no_grad()
