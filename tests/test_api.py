@@ -1,6 +1,7 @@
 """The Python entry, with a tiny network on scikit-learn's digits and a defense defined here."""
 
 import copy
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -10,14 +11,15 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from unbackdoor.api import clean
+from unbackdoor.api import clean, evaluate
 from unbackdoor.attacks.image.badnets import BadNets
 from unbackdoor.attacks.poisoning import poison
 from unbackdoor.errors import ConfigError, DataError, OutputExists
+from unbackdoor.models.inputs import Classifier, InputFormat
 from unbackdoor.report import Report
 from unbackdoor.rng import Rng
 from unbackdoor.training import Recipe, fit
-from unbackdoor.types import Phase, Removal, Samples, Trace
+from unbackdoor.types import Phase, Removal, Samples, Trace, UnitScores
 
 ATTACK = BadNets(size=2, rate=0.1)
 
@@ -202,3 +204,43 @@ def test_wrong_options_are_named_before_anything_runs(victim, digits, options, e
     with pytest.raises(error, match=message):
         clean(victim, digits[1], **{"method": Retrain(), **options})
     assert Retrain.seen == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nudge:
+    """Changes one weight of a wrapped network and says which layer it scored."""
+
+    def __call__(self, model, clean, rng):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.network[1].weight[0, 0] += 1
+        scores = UnitScores("network.1", (0.0,), 0.0, 1.0, (0.0,), ())
+        return Removal(model, Trace(scores=(scores,)))
+
+
+def test_a_wrapped_network_is_spoken_of_and_saved_in_its_owners_names(victim, digits, tmp_path):
+    wrapped = Classifier(victim, InputFormat())
+    cleaned = clean(wrapped, digits[1], Nudge(), test=digits[2], notes=["images were turned", "and squeezed"])
+    assert cleaned.report.model.architecture == "Sequential"
+    assert {c.name for c in cleaned.report.weights} == set(victim.state_dict())
+    assert [s.layer for s in cleaned.report.trace.scores] == ["1"]
+    assert cleaned.removal.trace.scores[0].layer == "network.1"
+    cleaned.save(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == victim.state_dict().keys()
+    assert saved["1.weight"][0, 0] == victim[1].weight[0, 0] + 1
+    assert Report.load(tmp_path / "report.json").notes == ("images were turned", "and squeezed")
+    assert "<li>Images were turned.</li><li>And squeezed.</li>" in (tmp_path / "report.html").read_text()
+
+
+def test_evaluating_measures_and_flags_and_changes_nothing(victim, digits):
+    state = copy.deepcopy(victim.state_dict())
+    good = evaluate(victim, digits[2], attack=ATTACK)
+    assert good.found.accuracy.value > 0.9
+    assert good.found.asr.value > 0.9
+    assert good.flags == ()
+    assert all(torch.equal(value, state[name]) for name, value in victim.state_dict().items())
+    shifted = dataclasses.replace(digits[2], labels=(digits[2].labels + 1) % 10)
+    assert [f.name for f in evaluate(victim, shifted).flags] == ["accuracy_at_chance"]
+    few = digits[2].select(digits[2].labels > 7)
+    assert {f.name for f in evaluate(victim, few).flags} >= {"missing_classes"}

@@ -13,17 +13,16 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from unbackdoor import specs
+from unbackdoor import __version__, specs
 from unbackdoor.errors import ConfigError, DataError
 from unbackdoor.evaluation import checks, metrics
 from unbackdoor.evaluation.assessment import Assessment, assess
@@ -31,6 +30,7 @@ from unbackdoor.evaluation.checks import Flag
 from unbackdoor.evaluation.verdict import judge
 from unbackdoor.evaluation.weights import weight_changes
 from unbackdoor.inference import device_of, predict
+from unbackdoor.models.inputs import Classifier
 from unbackdoor.report import files, render
 from unbackdoor.report.examples import examples
 from unbackdoor.report.record import (
@@ -45,7 +45,7 @@ from unbackdoor.report.record import (
     jsonable,
 )
 from unbackdoor.rng import Rng
-from unbackdoor.types import Attack, Defense, Removal, Samples
+from unbackdoor.types import Attack, Defense, Removal, Samples, Trace
 
 WEIGHTS, RECORD, PAGE = "model.safetensors", "report.json", "report.html"
 
@@ -68,6 +68,8 @@ class Cleaned:
 
     def save(self, folder: Path | str, force: bool = False) -> tuple[Path, ...]:
         """Write ``report.json``, ``report.html`` and, unless the model was destroyed, ``model.safetensors``.
+
+        The weights of a :class:`~unbackdoor.models.inputs.Classifier` carry the names of the network in it.
 
         Each file appears whole or not at all, the weights first. With ``force``, weights that an earlier run left there
         do not stay beside the report of a destroyed model.
@@ -101,6 +103,7 @@ def clean(
     attack: Attack | None = None,
     held_out: float = 0.2,
     description: Mapping[str, str | None] | None = None,
+    notes: Sequence[str] = (),
 ) -> Cleaned:
     """Remove a possible backdoor from a copy of ``model`` and report what was measured.
 
@@ -117,6 +120,7 @@ def clean(
         attack: a known trigger, to measure the attack's success before and after.
         held_out: that share, in (0, 1).
         description: what the report shall say of the model: "name", "architecture", "path", "sha256", "input_format".
+        notes: what the report shall say was assumed or converted in loading the model and the samples.
 
     Raises:
         ConfigError: a wrong spec, share, seed, or description key.
@@ -136,7 +140,7 @@ def clean(
 
     after = assess(removal.model, judged, attack=attack)
     flags = _flags(model, removal.model, samples, judged, before, after, source)
-    changes = weight_changes(model, removal.model)
+    changes = weight_changes(_owners(model), _owners(removal.model))
     report = Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         verdict=judge(before, after, flags, changes),
@@ -152,22 +156,67 @@ def clean(
         method=Method(spec=specs.text_of(defense, "defense"), fields=_fields(defense, "defense"), seed=seed),
         before=before,
         after=after,
-        trace=removal.trace,
+        trace=_in_owners_names(removal),
         weights=changes,
         cost=cost,
-        versions=Versions(unbackdoor=_own_version(), torch=str(torch.__version__), python=platform.python_version()),
+        versions=Versions(unbackdoor=__version__, torch=str(torch.__version__), python=platform.python_version()),
         flags=flags,
         attack=None if attack is None else _known_attack(model, removal.model, judged, attack, before, after),
+        notes=tuple(notes),
     )
     return Cleaned(removal.model, report, removal)
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a model does on labelled samples, and the reasons to distrust the figures."""
+
+    found: Assessment
+    flags: tuple[Flag, ...]
+
+
+def evaluate(model: nn.Module, samples: Samples, *, attack: Attack | None = None) -> Evaluation:
+    """Measure a model, which is left as it is, and raise the flags that concern the measuring.
+
+    Args:
+        model: maps images (N, C, H, W) in [0, 1] to logits (N, num_classes).
+        samples: with true labels.
+        attack: a known trigger, to measure the attack's success.
+
+    Raises:
+        DataError: samples that do not fit the model or the attack.
+        ConfigError: the attack wants a class that does not exist.
+    """
+    found = assess(model, samples, attack=attack)
+    raised = (
+        checks.non_finite_weights(model),
+        checks.accuracy_at_chance(found),
+        _unsteady(model, samples),
+        checks.held_out_too_small(found.accuracy),
+        checks.missing_classes(samples),
+    )
+    return Evaluation(found, tuple(flag for flag in raised if flag is not None))
+
+
 def weights_bytes(model: nn.Module) -> bytes:
-    """The state dict as safetensors, on the CPU. Tensors that share memory are written out each."""
+    """The state dict as safetensors, on the CPU, in its owner's names. Tensors that share memory are written each."""
     from safetensors.torch import save
 
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    return save(state, metadata={"format": "pt", "unbackdoor": _own_version()})
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _owners(model).state_dict().items()}
+    return save(state, metadata={"format": "pt", "unbackdoor": __version__})
+
+
+def _owners(model: nn.Module) -> nn.Module:
+    """The network that its owner knows: without our wrapper for its input format."""
+    return model.network if isinstance(model, Classifier) else model
+
+
+def _in_owners_names(removal: Removal) -> Trace:
+    """The trace with layers named as in the owner's network."""
+    if not isinstance(removal.model, Classifier):
+        return removal.trace
+    scores = tuple(dataclasses.replace(s, layer=s.layer.removeprefix("network.")) for s in removal.trace.scores)
+    return dataclasses.replace(removal.trace, scores=scores)
 
 
 def _defense(method: object) -> Defense:
@@ -184,7 +233,7 @@ def _loaded(model: nn.Module, description: Mapping[str, str | None]) -> LoadedMo
         if key not in DESCRIPTION:
             raise ConfigError(f"description has no {key!r}{specs.suggestion(key, list(DESCRIPTION))}")
     told = {key: value for key, value in description.items() if value is not None}
-    architecture = told.pop("architecture", type(model).__name__)
+    architecture = told.pop("architecture", type(_owners(model)).__name__)
     name = told.pop("name", architecture)
     parameters = sum(p.numel() for p in model.parameters())
     return LoadedModel(name=name, architecture=architecture, parameters=parameters, **told)
@@ -292,10 +341,3 @@ def _known_attack(
 
 def _fields(thing: Any, kind: specs.Kind) -> dict[str, Any]:
     return {key: jsonable(value) for key, value in specs.resolved(thing, kind).items()}
-
-
-def _own_version() -> str:
-    try:
-        return version("unbackdoor")
-    except PackageNotFoundError:  # run from its source, not installed
-        return "unreleased"

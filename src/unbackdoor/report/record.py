@@ -155,7 +155,7 @@ class KnownAttack(Record):
 
 
 class Report(Record):
-    """A removal, from what came in to the verdict."""
+    """A removal, from what came in to the verdict. ``notes`` say what was assumed or converted in loading."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     created: str = Field(description="UTC, ISO 8601")
@@ -172,6 +172,7 @@ class Report(Record):
     versions: Versions
     flags: tuple[Flag, ...] = ()
     attack: KnownAttack | None = None
+    notes: tuple[str, ...] = ()
 
     def save(self, path: Path | str, *, force: bool = False) -> Path:
         """Write ``report.json``, whole or not at all.
