@@ -167,7 +167,7 @@ def construct(cls: type[Any], name: str, arguments: dict[str, Any]) -> Any:
         if key not in fields:
             raise ConfigError(f"{name} has no field {key!r}{suggestion(key, fields)}")
         values[key] = _coerce(value, hints[key], f"{name}({key}={value!r})")
-    absent = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values and not _has_default(f)]
+    absent = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values and not has_default(f)]
     if absent:
         raise ConfigError(f"{name} needs {', '.join(absent)}: write {name}({', '.join(f'{a}=...' for a in absent)})")
     return cls(**values)
@@ -243,7 +243,7 @@ def resolved(thing: Any, kind: Kind) -> dict[str, Any]:
 def text_of(thing: Any, kind: Kind) -> str:
     """The shortest spec of an object: its nearest preset, if it has any, and the fields that differ from that."""
     values = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init}
-    defaults = {f.name: _default(f) for f in dataclasses.fields(thing) if f.init}
+    defaults = {f.name: default_of(f) for f in dataclasses.fields(thing) if f.init}
     written = []
     for preset, settings in (presets_of(type(thing)) or {"default": {}}).items():
         usual = {**defaults, **settings}
@@ -261,11 +261,13 @@ def _word(value: Any) -> str:
     return repr(value)
 
 
-def _has_default(field: dataclasses.Field[Any]) -> bool:
+def has_default(field: dataclasses.Field[Any]) -> bool:
+    """Whether a spec may leave the field out."""
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value that a field has where a spec leaves it out; ``dataclasses.MISSING`` where it must not."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

@@ -1,0 +1,46 @@
+"""With which network and recipe test victims are usually trained, for each data set that has a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unbackdoor.training import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usual:
+    """A network's spec and how to train it."""
+
+    arch: str
+    recipe: Recipe
+
+
+_COLOUR = Recipe(
+    epochs=12, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4, schedule="one-cycle", augment="crop-flip"
+)
+
+#: Data set -> what suits it: trained in seconds (digits) to minutes on two cores.
+USUAL: dict[str, Usual] = {
+    "digits": Usual(
+        arch="cnn(width=16)",
+        recipe=Recipe(epochs=20, batch_size=64, optimizer="adam", lr=3e-3, schedule="one-cycle"),
+    ),
+    "mnist": Usual(
+        arch="cnn", recipe=Recipe(epochs=4, batch_size=256, optimizer="adam", lr=2e-3, schedule="one-cycle")
+    ),
+    "cifar10": Usual(arch="preact_resnet18(width=16)", recipe=_COLOUR),
+    "gtsrb": Usual(
+        arch="preact_resnet18(width=16)",
+        recipe=Recipe(
+            epochs=12, batch_size=256, lr=0.2, nesterov=True, weight_decay=5e-4, schedule="one-cycle", augment="crop"
+        ),
+    ),
+}
+
+#: For data of the user's own.
+ANY = Usual(arch="preact_resnet18(width=16)", recipe=USUAL["gtsrb"].recipe)
+
+
+def usual(dataset: str) -> Usual:
+    """What suits a data set, by its name in any case; of an unknown one, a small residual network."""
+    return USUAL.get(dataset.lower(), ANY)

@@ -1,0 +1,209 @@
+"""``unbackdoor attack``: make a test victim, so that a removal can be judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unbackdoor import specs
+from unbackdoor.cli import options as o
+from unbackdoor.cli.clean import interval
+from unbackdoor.cli.subject import device_of_choice
+from unbackdoor.cli.terminal import Terminal, percent
+from unbackdoor.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from unbackdoor.attacks.victims import VictimCard
+    from unbackdoor.evaluation.assessment import Assessment
+    from unbackdoor.training import Recipe
+    from unbackdoor.types import Attack, Samples
+
+_TRAINING = "The training"
+
+
+def attack(
+    spec: Annotated[
+        str | None,
+        typer.Argument(metavar="[ATTACKSPEC]", help="Such as 'badnets(rate=0.1, target=0)'; see 'list attacks'."),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(metavar="SRC", help="digits, mnist, cifar10, gtsrb, or training images as for clean --samples."),
+    ] = "digits",
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Train a clean network instead, to see what a removal costs.")
+    ] = False,
+    test: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Test images. By default the test split of a data set that has one."),
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="The network. By default what is usual for the data.")
+    ] = None,
+    data_root: o.DataRoot = None,
+    image_size: o.ImageSize = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", min=1, rich_help_panel=_TRAINING)] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", min=1, rich_help_panel=_TRAINING)] = None,
+    optimizer: Annotated[str | None, typer.Option(metavar="sgd|adam|adamw", rich_help_panel=_TRAINING)] = None,
+    lr: Annotated[
+        float | None, typer.Option(metavar="X", help="Peak learning rate.", rich_help_panel=_TRAINING)
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="X", rich_help_panel=_TRAINING)] = None,
+    augment: Annotated[str | None, typer.Option(metavar="none|crop|crop-flip", rich_help_panel=_TRAINING)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The victim's folder. By default DATA-ATTACK in this folder.")
+    ] = None,
+    seed: o.Seed = 0,
+    device: o.DeviceOption = o.Device.AUTO,
+    threads: o.Threads = None,
+    force: o.Force = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Plant a backdoor in a network of your own, as a test victim.
+
+    Writes a folder that 'clean', 'evaluate' and 'inspect' take as MODEL; they then know its network and its trigger.
+    """
+    if (spec is None) != clean:
+        raise typer.BadParameter("give an attack, such as 'badnets(rate=0.1)', or --clean: one of the two")
+    from unbackdoor.attacks.recipes import usual
+    from unbackdoor.attacks.victims import refuse_folder, save_victim
+
+    terminal = Terminal(quiet=quiet)
+    planted: Attack | None = None if spec is None else specs.build("attack", spec)
+    folder = out or Path(f"{_file_name(data)}-{_file_name(spec or 'clean')}")
+    refuse_folder(folder, force=force)
+    suits = usual(data)
+    stated = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "augment": augment,
+    }
+    recipe = _recipe(suits.recipe, stated)
+    chosen = device_of_choice(device, threads)
+    with terminal.working("reading the samples"):
+        train, judged, notes = _samples(data, test, data_root, image_size)
+    terminal.notes(notes)
+    job = _Job(arch or suits.arch, planted, data, train.to(chosen), judged, recipe, seed)
+    with terminal.progress():
+        model, card, found = job.run()
+    save_victim(folder, model, card, force=force)
+    _tell(terminal, card, found, folder)
+
+
+def _file_name(text: str) -> str:
+    """``badnets(rate=0.1)`` to ``badnets-rate-0.1``."""
+    return re.sub(r"[^\w.]+", "-", Path(text).name if "(" not in text else text).strip("-.")
+
+
+def _recipe(usual: Recipe, stated: dict[str, Any]) -> Recipe:
+    given = {key: value for key, value in stated.items() if value is not None}
+    if given.get("optimizer", "sgd") != "sgd":
+        given["nesterov"] = False
+    return dataclasses.replace(usual, **given)
+
+
+def _samples(
+    data: str, test: str | None, root: Path | None, image_size: int | None
+) -> tuple[Samples, Samples, tuple[str, ...]]:
+    """(training set, test set, notes)."""
+    import torch
+
+    from unbackdoor.data.loading import load_samples
+    from unbackdoor.data.named import DATASETS
+
+    splits = data.lower() in DATASETS or data.lower().endswith(".npz")
+    if test is None and not splits:
+        raise ConfigError(f"{data} has no test split: name test images with --test")
+    train = load_samples(data, root=root, split="train", image_size=image_size)
+    judged = load_samples(
+        test or data,
+        root=root,
+        split="test",
+        image_size=train.samples.image_shape[1:],
+        channels=train.samples.image_shape[0] if train.samples.image_shape[0] in (1, 3) else None,
+        num_classes=train.samples.num_classes,
+        classes=train.samples.class_names or None,
+    )
+    if test is None and torch.equal(train.samples.inputs, judged.samples.inputs):
+        raise ConfigError(f"{data} has no test split of its own: name test images with --test")
+    if train.samples.image_shape[1] != train.samples.image_shape[2]:
+        shape = train.samples.image_shape
+        raise DataError(f"images have to be square, and these are {shape[1]}×{shape[2]}; give --image-size")
+    return train.samples, judged.samples, (*train.notes, *(f"test set: {note}" for note in judged.notes))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that decides a victim."""
+
+    arch: str
+    attack: Attack | None
+    dataset: str
+    train: Samples
+    judged: Samples
+    recipe: Recipe
+    seed: int
+
+    def run(self) -> tuple[nn.Module, VictimCard, Assessment]:
+        """(the trained network, its card, how it does on the test set)."""
+        from unbackdoor.attacks.poisoning import poison
+        from unbackdoor.attacks.victims import VictimCard, recipe_fields
+        from unbackdoor.evaluation.assessment import assess
+        from unbackdoor.models.architectures import build_network
+        from unbackdoor.rng import Rng
+        from unbackdoor.training import fit
+
+        train, rng = self.train, Rng(self.seed).child("victim")
+        channels, size, _ = train.image_shape
+        model = build_network(
+            self.arch, num_classes=train.num_classes, in_channels=channels, image_size=size, rng=rng.child("init")
+        ).to(train.device)
+        began = time.perf_counter()
+        shown = train if self.attack is None else poison(train, self.attack, rng)
+        fit(model, shown, self.recipe, rng.child("fit"), name="train" if self.attack is None else "plant")
+        seconds = time.perf_counter() - began
+        found = assess(model, self.judged, attack=self.attack)
+        card = VictimCard(
+            arch=self.arch,
+            attack=None if self.attack is None else specs.text_of(self.attack, "attack"),
+            dataset=self.dataset,
+            num_classes=train.num_classes,
+            image_shape=train.image_shape,
+            class_names=train.class_names,
+            recipe=recipe_fields(self.recipe),
+            seed=self.seed,
+            accuracy=found.accuracy.value,
+            asr=None if found.asr is None else found.asr.value,
+            seconds=seconds,
+        )
+        return model, card, found
+
+
+def _tell(terminal: Terminal, card: VictimCard, found: Assessment, folder: Path) -> None:
+    from unbackdoor.evaluation import checks
+
+    terminal.say(f"{card.attack or 'clean'} on {card.dataset}: {card.arch}, trained in {card.seconds:.0f} s", "bold")
+    terminal.say(f"accuracy        {percent(found.accuracy.value):>6}  ({interval(found.accuracy)})")
+    if found.asr is not None:
+        terminal.say(f"attack success  {percent(found.asr.value):>6}  ({interval(found.asr)})")
+    terminal.say(f"victim          {folder}")
+    at_chance = checks.accuracy_at_chance(found)
+    if at_chance is not None:
+        terminal.warn(f"the network learned nothing: {at_chance.message}; train longer or at another --lr")
+    if found.asr is not None and found.asr.value < checks.ATTACK_TOOK:
+        terminal.warn(
+            f"THE ATTACK DID NOT TAKE: it succeeds on {percent(found.asr.value)} of the triggered images, and a "
+            f"working backdoor has at least {checks.ATTACK_TOOK:.0%}. No removal can be judged with this victim; "
+            "raise the attack's rate or --epochs"
+        )
