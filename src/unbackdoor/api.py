@@ -199,11 +199,15 @@ def evaluate(model: nn.Module, samples: Samples, *, attack: Attack | None = None
 
 
 def weights_bytes(model: nn.Module) -> bytes:
-    """The state dict as safetensors, on the CPU, in its owner's names. Tensors that share memory are written each."""
+    """The state dict as safetensors, on the CPU, in its owner's names. Tensors that share memory are written each.
+
+    Equal weights give equal bytes.
+    """
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _owners(model).state_dict().items()}
-    return save(state, metadata={"format": "pt", "unbackdoor": __version__})
+    # One entry alone: of several, the library writes the order at random.
+    return save(state, metadata={"format": "pt"})
 
 
 def _owners(model: nn.Module) -> nn.Module:

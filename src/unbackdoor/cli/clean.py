@@ -170,10 +170,12 @@ def _tell(terminal: Terminal, report: Report, folder: Path) -> None:
         if flag.name != "destroyed":
             terminal.warn(f"{flag.name.replace('_', ' ')}: {flag.message}")
     terminal.say()
-    if report.verdict != "destroyed":
-        weights = dict.fromkeys((Path(report.model.path or "").name, _SAFETENSORS))
-        terminal.say(f"weights  {'  '.join(str(folder / name) for name in weights if (folder / name).is_file())}")
-    terminal.say(f"report   {folder / _PAGE}")
+    places = {folder / Path(report.model.path or _SAFETENSORS).name: "weights"}
+    places.setdefault(folder / _SAFETENSORS, "safetensors")
+    places[folder / _PAGE] = "report"
+    for path, what in places.items():
+        if path.is_file():  # there are no weights of a destroyed network
+            terminal.say(f"{what:<13}{path}")
 
 
 def interval(rate: Rate) -> str:

@@ -159,7 +159,8 @@ def _cells(seeds: Sequence[int], bar: progress.Task) -> Iterator[Cell]:
         for victim in each(plant_victim, seeds):
             victims.append(victim)
             bar.advance("victim trained")
-        for cell in each(remove, [(victim, method) for victim in victims for method in METHODS]):
+        jobs = [(victim, method, method == REPORTED) for victim in victims for method in METHODS]
+        for cell in each(remove, jobs):
             bar.advance(f"{cell.method}, seed {cell.seed}")
             yield cell
 
@@ -177,13 +178,14 @@ def _mapping() -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Itera
         finally:
             torch.set_num_threads(threads)
         return
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), _prepare_worker)
     try:
         yield pool.map
     except BaseException:
         # An interruption must not wait for the work that is under way.
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             child.terminate()
         raise
     pool.shutdown()
@@ -213,8 +215,8 @@ def plant_victim(seed: int) -> Planted:
     return Planted(seed, weights_bytes(model))
 
 
-def remove(job: tuple[Planted, str]) -> Cell:
-    """Clean a victim by a method and measure it."""
+def remove(job: tuple[Planted, str, bool]) -> Cell:
+    """Clean a victim by a method and measure it; the last of the three says whether the report is wanted."""
     from safetensors.torch import load
 
     from unbackdoor.api import clean
@@ -222,7 +224,7 @@ def remove(job: tuple[Planted, str]) -> Cell:
     from unbackdoor.data.named import load_dataset
     from unbackdoor.rng import Rng
 
-    victim, method = job
+    victim, method, wanted = job
     test = load_dataset(DATASET, "test")
     reserve, evaluation = test.part(PER_CLASS, Rng(victim.seed).stream("demo", "reserve"))
     assert evaluation is not None
@@ -249,7 +251,7 @@ def remove(job: tuple[Planted, str]) -> Cell:
         asr_before=before.asr.value,
         asr_after=after.asr.value,
         seconds=report.cost.seconds,
-        report=report if method == REPORTED else None,
+        report=report if wanted else None,
     )
 
 
