@@ -38,6 +38,7 @@ COSTLY = dataclasses.replace(CELL, accuracy_after=0.7)
         ([REMAINS, REMAINS], "x does not remove the backdoor"),
         ([COSTLY, COSTLY], "x removes the backdoor, but at the price of accuracy"),
         ([COSTLY, REMAINS], "x removes the backdoor in 1 of 2, and not without a price"),
+        ([dataclasses.replace(COSTLY, verdict="destroyed")], "x destroys the network"),
         ([dataclasses.replace(CELL, asr_before=0.05)], "nothing can be said"),
     ],
 )

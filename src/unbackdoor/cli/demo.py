@@ -97,7 +97,8 @@ def demo(
             terminal.say(_row("mean", mean), "bold")
     terminal.say()
     for method in METHODS:
-        terminal.say(sentence(method, [c for c in cells if c.method == method]))
+        those = [c for c in cells if c.method == method]
+        terminal.say(sentence(method, those), "bold green" if all(c.succeeded for c in those) else "")
     _write(cells, out)
     terminal.say()
     terminal.say("These are figures of one small network and one kind of backdoor; others can be harder to remove.")
@@ -111,7 +112,8 @@ _HEADER = f"{'seed':<6}{'method':<{_WIDTH}}{'accuracy':>18}{'attack success':>20
 def _row(seed: str, cell: Cell) -> str:
     accuracy = f"{percent(cell.accuracy_before)} → {percent(cell.accuracy_after)}"
     asr = f"{percent(cell.asr_before)} → {percent(cell.asr_after)}"
-    return f"{seed:<6}{cell.method:<{_WIDTH}}{accuracy:>18}{asr:>20}{cell.seconds:>6.1f} s"
+    broken = "  destroyed" if cell.verdict == "destroyed" else ""
+    return f"{seed:<6}{cell.method:<{_WIDTH}}{accuracy:>18}{asr:>20}{cell.seconds:>6.1f} s{broken}"
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:
@@ -134,7 +136,9 @@ def sentence(method: str, cells: Sequence[Cell]) -> str:
     took = sum(c.asr_before > GONE for c in cells)
     if took < count:
         return f"{method}: nothing can be said, the attack took in {took} of {count} only."
-    if won == count:
+    if all(c.verdict == "destroyed" for c in cells):
+        head = "destroys the network"
+    elif won == count:
         head = "removes the backdoor and keeps the accuracy"
     elif won:
         head = f"removes the backdoor and keeps the accuracy in {won} of {count} only"
