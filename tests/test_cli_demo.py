@@ -38,7 +38,11 @@ COSTLY = dataclasses.replace(CELL, accuracy_after=0.7)
         ([REMAINS, REMAINS], "x does not remove the backdoor"),
         ([COSTLY, COSTLY], "x removes the backdoor, but at the price of accuracy"),
         ([COSTLY, REMAINS], "x removes the backdoor in 1 of 2, and not without a price"),
-        ([dataclasses.replace(COSTLY, verdict="destroyed")], "x destroys the network"),
+        ([dataclasses.replace(COSTLY, verdict="destroyed")], "x destroys the network:"),
+        (
+            [dataclasses.replace(COSTLY, verdict="destroyed"), REMAINS],
+            "x does not remove the backdoor and destroys the network in 1 of 2:",
+        ),
         ([dataclasses.replace(CELL, asr_before=0.05)], "nothing can be said"),
     ],
 )

@@ -132,11 +132,13 @@ def _mean(cells: Sequence[Cell]) -> Cell:
 def sentence(method: str, cells: Sequence[Cell]) -> str:
     """What became of the backdoor by one method, judged by GONE and LOST."""
     won, count = sum(c.succeeded for c in cells), len(cells)
-    gone = sum(c.asr_after <= GONE for c in cells)
+    destroyed = sum(c.verdict == "destroyed" for c in cells)
+    # A destroyed network obeys no trigger either: that is no removal.
+    gone = sum(c.asr_after <= GONE and c.verdict != "destroyed" for c in cells)
     took = sum(c.asr_before > GONE for c in cells)
     if took < count:
         return f"{method}: nothing can be said, the attack took in {took} of {count} only."
-    if all(c.verdict == "destroyed" for c in cells):
+    if destroyed == count:
         head = "destroys the network"
     elif won == count:
         head = "removes the backdoor and keeps the accuracy"
@@ -148,6 +150,8 @@ def sentence(method: str, cells: Sequence[Cell]) -> str:
         head = f"removes the backdoor in {gone} of {count}, and not without a price"
     else:
         head = "does not remove the backdoor"
+    if 0 < destroyed < count:
+        head += f" and destroys the network in {destroyed} of {count}"
     mean = _mean(cells)
     return (
         f"{method} {head}: the patch works on {percent(mean.asr_after)} of the images afterwards "
