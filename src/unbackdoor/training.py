@@ -342,7 +342,11 @@ def _groups(parameters: list[nn.Parameter], recipe: Recipe) -> list[dict[str, An
             rms = p.square().mean().sqrt().item() if p.ndim > 1 else 0.0
             share = min(1.0, recipe.step_cap * rms / recipe.lr) if rms > 0 else 1.0
             groups.setdefault(share, []).append(p)
-    return [{"params": group, "lr_share": share} for share, group in groups.items()]
+    # Decoupled decay goes by the learning rate; a capped tensor decays as fast as the others all the same.
+    decay = {
+        share: recipe.weight_decay / share if recipe.optimizer == "adamw" else recipe.weight_decay for share in groups
+    }
+    return [{"params": ps, "lr_share": share, "weight_decay": decay[share]} for share, ps in groups.items()]
 
 
 def lr_factor(recipe: Recipe, epoch: int, step: int, steps: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +19,7 @@ from unbackdoor.augmentation import Augmentation
 from unbackdoor.errors import ConfigError, TrainingDiverged
 from unbackdoor.inference import Fit, measure, predict
 from unbackdoor.rng import Rng
-from unbackdoor.training import BatchHook, EndOfEpoch, Optimizer, Recipe, Schedule, Step, fit
+from unbackdoor.training import BatchHook, EndOfEpoch, Optimizer, Recipe, Schedule, Step, batch_starts, fit, lr_factor
 from unbackdoor.types import Epoch, Phase, Removal, Samples, Trace
 
 #: An epoch over a handful of samples is one step; more of them than this are not run.
@@ -42,7 +42,7 @@ class SEAM:
             of at least 0.95 · ln 2; "2/C"; "half", 0.5; or "never".
         forget_stop_on: where that accuracy is measured, on the "held-out" samples or the "forget-set" itself.
         forget_patience: how many epochs must have been below before it stops.
-        recover_optimizer, recover_betas, recover_lr, recover_weight_decay, recover_schedule: the recovery's training.
+        recover_optimizer, recover_betas, recover_weight_decay, recover_schedule: the recovery's training.
         recover_epochs: epochs at most.
         recover_images: instead, where above 0: as many epochs as pass about so many images, so that a recovery means
             the same at every number of samples (at most 300 epochs).
@@ -55,11 +55,14 @@ class SEAM:
             clean batch at temperature 2; 0 is off. It carries the skill back: no triggered input is among them.
         mix: blend the batch with itself in another order (mixup, uniform weights), images and labels alike, so that few
             samples show the given network's function at many more places.
-        strengths: factors of ``recover_lr``. The recovery starts at the one nearest to 1 and goes up while the skill on
-            the held-out samples stays within ``tolerance`` plus one standard error of the best, and down where that is
-            better; the strongest that stays is kept. A single strength is not searched.
-        tolerance: mean probability of the true class that may be lost on the held-out samples from one strength to the
-            best, in [0, 1].
+        recover_lrs: learning rates to choose from by short recoveries, whose skill on the held-out samples decides. A
+            single one is not searched.
+        shrinks: how far decoupled weight decay shrinks, over a whole recovery, every weight that the recovery does not
+            hold against it: by exp(−shrink). What the clean samples never exercise fades, the backdoor with it. Starts
+            at the one nearest to 1, goes up while the held-out accuracy stays within ``tolerance`` plus one standard
+            error of the best, and down where 1 costs much; the largest that stays is kept. A single one is not
+            searched; without any, ``recover_weight_decay`` holds.
+        tolerance: accuracy that may be lost on the held-out samples, in [0, 1].
         refit: run the chosen strength once more with the held-out samples joined to the others.
         step_cap: see :class:`unbackdoor.training.Recipe`.
         augment: "crop", "crop-flip" where a flip preserves the label, or "none"; in both phases.
@@ -78,18 +81,18 @@ class SEAM:
     forget_patience: int = 1
     recover_optimizer: Optimizer = "adamw"
     recover_betas: tuple[float, float] = (0.9, 0.999)
-    recover_lr: float = 1e-3
-    recover_weight_decay: float = 1.0
+    recover_lrs: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
+    recover_weight_decay: float = 0.0
     recover_schedule: Schedule = "one-cycle"
     recover_epochs: int = 40
-    recover_images: int = 16_000
+    recover_images: int = 14_000
     recover_stop: Literal["plateau", "credits", "never"] = "never"
     recover_stop_on: Literal["held-out", "recover-set", "running"] = "held-out"
     recover_target: float = 1.0
     recover_credits: int = 1
     distill: float = 4.0
     mix: bool = True
-    strengths: tuple[float, ...] = (1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0)
+    shrinks: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
     tolerance: float = 0.01
     refit: bool = True
     step_cap: float | None = 0.5
@@ -106,7 +109,7 @@ class SEAM:
         "recover_images": 0,
         "distill": 0.0,
         "mix": False,
-        "strengths": (1.0,),
+        "shrinks": (),
         "refit": False,
         "step_cap": None,
         "augment": "none",
@@ -114,7 +117,7 @@ class SEAM:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "plain": {
             **_PLAIN,
-            "recover_lr": 1e-3,
+            "recover_lrs": (1e-3,),
             "recover_epochs": 100,
             "recover_stop": "plateau",
             "augment": "crop",
@@ -127,7 +130,7 @@ class SEAM:
             "forget_epochs": 300,
             "forget_stop": "2/C",
             "recover_betas": (0.5, 0.9),
-            "recover_lr": 5e-4,
+            "recover_lrs": (5e-4,),
             "recover_weight_decay": 5e-5,
             "recover_epochs": 300,
             "recover_stop": "credits",
@@ -143,7 +146,7 @@ class SEAM:
             "forget_stop": "2/C",
             "forget_patience": 10,
             "recover_betas": (0.9, 0.5),
-            "recover_lr": 5e-4,
+            "recover_lrs": (5e-4,),
             "recover_weight_decay": 5e-5,
             "recover_epochs": 300,
             "recover_stop": "credits",
@@ -160,7 +163,7 @@ class SEAM:
             "forget_epochs": 3,
             "forget_stop": "half",
             "recover_optimizer": "sgd",
-            "recover_lr": 1e-3,
+            "recover_lrs": (1e-3,),
             "recover_epochs": 10,
             "recover_stop": "credits",
             "recover_stop_on": "running",
@@ -172,7 +175,7 @@ class SEAM:
             "forget_lr": 1e-3,
             "forget_epochs": 10,
             "forget_stop_on": "forget-set",
-            "recover_lr": 1e-3,
+            "recover_lrs": (1e-3,),
             "recover_epochs": 100,
             "recover_stop": "credits",
             "recover_stop_on": "recover-set",
@@ -185,8 +188,10 @@ class SEAM:
             raise ConfigError(f"held_out must lie between 0 and 1, not {self.held_out}")
         if not 0 < self.forget_share <= 1:
             raise ConfigError(f"forget_share must be in (0, 1], not {self.forget_share}")
-        if not self.strengths or min(self.strengths) <= 0:
-            raise ConfigError(f"strengths must be one or more factors > 0, not {self.strengths}")
+        if not self.recover_lrs or min(self.recover_lrs) <= 0:
+            raise ConfigError(f"recover_lrs must be one or more numbers > 0, not {self.recover_lrs}")
+        if self.shrinks and (min(self.shrinks) <= 0 or self.recover_optimizer != "adamw"):
+            raise ConfigError(f"shrinks must be numbers > 0 and need recover_optimizer=adamw, not {self.shrinks}")
         if self.forget_patience < 1 or self.recover_credits < 1:
             raise ConfigError("forget_patience and recover_credits must be at least 1")
         if self.distill < 0 or self.tolerance < 0:
@@ -198,17 +203,33 @@ class SEAM:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """One strength: the recovered model, its phases, and what it gives each held-out sample's true class."""
+class _Strength:
+    """How a recovery is driven: its learning rate, and the shrinkage that its decay amounts to (None: no such rule)."""
 
-    strength: float
+    lr: float
+    shrink: float | None
+
+    def __str__(self) -> str:
+        return f"lr {self.lr:g}" + ("" if self.shrink is None else f", shrink {self.shrink:g}")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One recovery: the model, its phases, and how it does on the held-out samples."""
+
+    strength: _Strength
     model: nn.Module
     phases: tuple[Phase, ...]
-    skill: Tensor
+    probability: Tensor  # (n,) of the true class
+    right: Tensor  # (n,) 0 or 1
 
     @property
-    def mean(self) -> float:
-        return self.skill.mean().item()
+    def skill(self) -> float:
+        return self.probability.mean().item()
+
+    @property
+    def accuracy(self) -> float:
+        return self.right.mean().item()
 
 
 class _Amnesia:
@@ -217,6 +238,7 @@ class _Amnesia:
     def __init__(self, settings: SEAM, model: nn.Module, clean: Samples, rng: Rng) -> None:
         self.settings, self.given, self.rng = settings, model, rng
         self.notes: list[str] = []
+        self.tried: list[_Strength] = []
         rest, held_out = clean.split(settings.held_out, rng.stream("held-out"))
         if held_out is None:
             self._note("no class has two samples: nothing could be held out, the rules look at the training samples")
@@ -230,74 +252,92 @@ class _Amnesia:
             self._note("two classes: random labels are drawn from both, since a fixed flip would not be forgetting")
 
     def run(self) -> Removal:
-        tried: dict[float, _Trial | None] = {}
-        chosen = self._search(tried)
+        chosen = self._search()
         phases, model = chosen.phases, chosen.model
         if self.settings.refit and len(self.rest) < len(self.clean):
             # The same generators: the refit differs from the trial by the samples that join, and by nothing else.
             again = self._trial(chosen.strength, self.clean, "all samples")
-            if again is not None and again.mean >= chosen.mean - self.settings.tolerance:
+            if again is not None and again.accuracy >= chosen.accuracy - self.settings.tolerance:
                 model, phases = again.model, (*phases, *again.phases)
             else:
                 self._note("training on all samples lost what the trial had kept: the trial's network is returned")
-        accuracy = measure(chosen.model, self.watched).accuracy
         values: dict[str, float | int | str | bool] = {
-            "strength": chosen.strength,
-            "strengths tried": ", ".join(f"{s:g}" for s in sorted(tried)),
+            "recovery": str(chosen.strength),
+            "recoveries tried": "; ".join(str(s) for s in self.tried),
             "held-out samples": len(self.watched),
             "held-out accuracy before": self.before.accuracy,
-            "held-out accuracy at the chosen strength": accuracy,
+            "held-out accuracy of the chosen recovery": chosen.accuracy,
         }
         return Removal(model, Trace(phases, (), values, tuple(self.notes)))
 
-    def _search(self, tried: dict[float, _Trial | None]) -> _Trial:
-        """Climb to the strongest recovery that keeps the skill; ``tried`` takes what was tried, None for diverged."""
-        ordered = sorted(self.settings.strengths)
-        start = min(range(len(ordered)), key=lambda i: abs(math.log(ordered[i])))
+    def _search(self) -> _Trial:
+        """The learning rate that recovers best, then the largest shrinkage that keeps the accuracy."""
+        shrinks = sorted(self.settings.shrinks)
+        start = min(range(len(shrinks)), key=lambda i: abs(math.log(shrinks[i]))) if shrinks else 0
+        lr = self._best_lr(shrinks[start] if shrinks else None)
+        if not shrinks:
+            chosen = self._trial(_Strength(lr, None), self.rest, "")
+            if chosen is None:
+                raise TrainingDiverged(f"SEAM diverged at learning rate {lr:g}; a smaller one would be right")
+            return chosen
 
         def attempt(index: int) -> _Trial | None:
-            strength = ordered[index]
-            tried[strength] = self._trial(strength, self.rest, f"strength {strength:g}")
-            return tried[strength]
+            return self._trial(_Strength(lr, shrinks[index]), self.rest, f"shrink {shrinks[index]:g}")
 
         chosen = best = attempt(start)
-        for index in range(start + 1, len(ordered)):
+        for index in range(start + 1, len(shrinks)):
             stronger = attempt(index) if best is not None else None
             if best is None or stronger is None or not self._holds(stronger, best):
                 break
-            chosen, best = stronger, max(stronger, best, key=lambda t: t.mean)
-        if chosen is None or (chosen.strength == ordered[start] and self._cost_much(chosen)):
+            chosen, best = stronger, max(stronger, best, key=lambda t: t.accuracy)
+        if chosen is None or (chosen.strength.shrink == shrinks[start] and self._costs_much(chosen)):
             for index in reversed(range(start)):
                 weaker = attempt(index)
                 if chosen is not None and (weaker is None or self._holds(chosen, weaker)):
                     break
                 chosen = weaker
         if chosen is None:
-            raise TrainingDiverged(f"SEAM diverged at every strength ({', '.join(f'{s:g}' for s in ordered)})")
+            raise TrainingDiverged(f"SEAM diverged at every shrinkage ({', '.join(f'{s:g}' for s in shrinks)})")
         return chosen
 
+    def _best_lr(self, shrink: float | None) -> float:
+        """The learning rate whose short recovery (a third of the length) keeps most skill."""
+        lrs = sorted(self.settings.recover_lrs)
+        if len(lrs) == 1:
+            return lrs[0]
+        trials = [self._trial(_Strength(lr, shrink), self.rest, f"short, lr {lr:g}", length=1 / 3) for lr in lrs]
+        kept = [trial for trial in trials if trial is not None]
+        if not kept:
+            raise TrainingDiverged(f"SEAM diverged at every learning rate ({', '.join(f'{lr:g}' for lr in lrs)})")
+        return max(kept, key=lambda t: t.skill).strength.lr
+
     def _holds(self, trial: _Trial, best: _Trial) -> bool:
-        """Whether ``trial`` keeps the skill of ``best`` but for the tolerance and one standard error of the pairs."""
-        lost = best.skill - trial.skill
+        """Whether ``trial`` is as accurate as ``best`` but for the tolerance and one standard error of the pairs."""
+        lost = best.right - trial.right
         error = lost.std().item() / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
         return lost.mean().item() <= self.settings.tolerance + error
 
-    def _cost_much(self, trial: _Trial) -> bool:
+    def _costs_much(self, trial: _Trial) -> bool:
         """Whether a weaker recovery is worth a look: the held-out accuracy fell by five times the tolerance."""
-        return self.before.accuracy - measure(trial.model, self.watched).accuracy > 5 * self.settings.tolerance
+        return self.before.accuracy - trial.accuracy > 5 * self.settings.tolerance
 
-    def _trial(self, strength: float, samples: Samples, name: str) -> _Trial | None:
+    def _trial(self, strength: _Strength, samples: Samples, name: str, length: float = 1.0) -> _Trial | None:
         model = copy.deepcopy(self.given)
+        self.tried.append(strength)
+        label = f" ({name})" if name else ""
         try:
-            forgotten = self._forget(model, samples)
-            recovered = self._recover(model, samples, strength, name)
+            forgotten = self._forget(model, samples, f"forget{label}")
+            recovered = self._recover(model, samples, strength, f"recover{label}", length)
         except TrainingDiverged as error:
-            self._note(f"strength {strength:g}: {error}")
+            self._note(f"{strength}: {error}")
             return None
-        phases = (Phase(f"forget ({name})", tuple(forgotten)), Phase(f"recover ({name})", tuple(recovered)))
-        return _Trial(strength, model, phases, true_class_probability(model, self.watched))
+        phases = (Phase(f"forget{label}", tuple(forgotten)), Phase(f"recover{label}", tuple(recovered)))
+        probabilities = predict(model, self.watched, precision="auto").softmax(1).cpu().double()
+        labels = self.watched.labels.cpu()
+        right = (probabilities.argmax(1) == labels).double()
+        return _Trial(strength, model, phases, probabilities.gather(1, labels[:, None])[:, 0], right)
 
-    def _forget(self, model: nn.Module, samples: Samples) -> list[Epoch]:
+    def _forget(self, model: nn.Module, samples: Samples, name: str) -> list[Epoch]:
         s = self.settings
         chosen = self._forget_set(samples)
         recipe = Recipe(
@@ -312,7 +352,7 @@ class _Amnesia:
         looked_at = self.watched if s.forget_stop_on == "held-out" else chosen
         until = _Forgotten(s.forget_stop, self.classes, looked_at, s.forget_patience)
         law = redraw_labels(self.classes, self.wrong_label)
-        epochs = fit(model, chosen, recipe, self.rng.child("forget"), batch=law, until=until, name="forget")
+        epochs = fit(model, chosen, recipe, self.rng.child("forget"), batch=law, until=until, name=name)
         if until.below < until.patience and s.forget_stop != "never":
             self._note(f"forgetting ended after {len(epochs)} epochs without reaching its stop rule ({s.forget_stop})")
         return epochs
@@ -330,25 +370,28 @@ class _Amnesia:
         members = [order[labels[order] == c] for c in torch.unique(labels).tolist()]
         return samples.select(torch.cat([m[: max(1, round(s.forget_share * len(m)))] for m in members]).sort().values)
 
-    def _recover(self, model: nn.Module, samples: Samples, strength: float, name: str) -> list[Epoch]:
+    def _recover(
+        self, model: nn.Module, samples: Samples, strength: _Strength, name: str, length: float
+    ) -> list[Epoch]:
         s = self.settings
-        wanted = round(s.recover_images / len(samples)) if s.recover_images else s.recover_epochs
+        wanted = s.recover_images / len(samples) if s.recover_images else s.recover_epochs
         recipe = Recipe(
-            epochs=min(MOST_EPOCHS, max(1, wanted)),
+            epochs=min(MOST_EPOCHS, max(1, round(wanted * length))),
             batch_size=s.batch_size,
             optimizer=s.recover_optimizer,
             betas=s.recover_betas,
-            lr=s.recover_lr * strength,
+            lr=strength.lr,
             weight_decay=s.recover_weight_decay,
             schedule=s.recover_schedule,
             step_cap=s.step_cap,
             augment=s.augment,
         )
+        if strength.shrink is not None:
+            recipe = replace(recipe, weight_decay=strength.shrink / summed_lr(recipe, len(samples)))
         looked_at = {"held-out": self.watched, "recover-set": samples, "running": None}[s.recover_stop_on]
-        until = _Recovered(s, looked_at)
         rng = self.rng.child("recover")
         objective = Recovery(self.teacher, s.distill, s.mix, rng.stream("mix")) if s.distill or s.mix else None
-        return fit(model, samples, recipe, rng, objective=objective, until=until, name=f"recover ({name})")
+        return fit(model, samples, recipe, rng, objective=objective, until=_Recovered(s, looked_at), name=name)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -367,10 +410,10 @@ def redraw_labels(classes: int, law: Literal["not-true", "any"]) -> BatchHook:
     return redraw
 
 
-def true_class_probability(model: nn.Module, samples: Samples) -> Tensor:
-    """(N,) float64 on the CPU: the probability that the model gives to each sample's true class."""
-    probabilities = predict(model, samples, precision="auto").softmax(1).cpu().double()
-    return probabilities.gather(1, samples.labels.cpu()[:, None])[:, 0]
+def summed_lr(recipe: Recipe, samples: int) -> float:
+    """Σ of the learning rate over all steps: decoupled decay w shrinks an idle weight by about exp(−w · Σ lr)."""
+    steps = len(batch_starts(samples, recipe.batch_size)) - 1
+    return recipe.lr * sum(lr_factor(recipe, e, k, steps) for e in range(recipe.epochs) for k in range(steps))
 
 
 class Recovery:
