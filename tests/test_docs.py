@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from factories import linear, samples
 from unbackdoor import errors, specs
+from unbackdoor.cli.app import app
+from unbackdoor.defenses.seam import SEAM
 from unbackdoor.evaluation.checks import FLAGS
 from unbackdoor.models.formats import PRESETS
 
@@ -16,6 +23,26 @@ ROOT = Path(__file__).parents[1]
 
 def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+PAGES = ("README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")))
+
+
+def fenced(page: str, language: str) -> list[str]:
+    """The blocks of code of that language ("" for those without one)."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text(page), re.DOTALL | re.MULTILINE)
+
+
+def commands(program: str) -> list[Any]:
+    """Every call of a program that the pages show, as (page, words)."""
+    found = []
+    for page in PAGES:
+        for block in fenced(page, ""):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith(f"{program} "):
+                    words = shlex.split(line, comments=True)[len(program.split()) :]
+                    found.append(pytest.param(words, id=f"{page}: {' '.join(words)}"))
+    return found
 
 
 def test_every_flag_has_its_row() -> None:
@@ -66,3 +93,73 @@ def test_every_page_is_reachable() -> None:
     pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
     listed = set(re.findall(r": (\S+\.md)", text("mkdocs.yml")))
     assert pages == listed
+
+
+@pytest.mark.parametrize("words", commands("unbackdoor"))
+def test_every_command_shown_is_one_that_the_program_takes(words: list[str]) -> None:
+    program: Any = typer.main.get_command(app)
+    command = program.commands[words[0]]
+    given = command.make_context(words[0], words[1:]).params  # raises on what the command does not take
+    for option, kind in (("method", "defense"), ("trigger", "attack"), ("spec", "attack")):
+        if given.get(option) is not None:
+            specs.build(kind, given[option])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("words", commands("python"))
+def test_every_benchmark_shown_has_the_options_shown(words: list[str]) -> None:
+    source = (ROOT / words[0]).read_text(encoding="utf-8")
+    options = [word for word in words[1:] if word.startswith("--")]
+    assert [option for option in options if f'"{option}"' not in source] == []
+
+
+def test_every_line_of_make_shown_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
+    shown = re.findall(r"^make ([a-z -]+?)(?: +#.*)?$", "".join(text(p) for p in (*PAGES, "CONTRIBUTING.md")), re.M)
+    assert {"demo", "test"} <= set(shown)
+    assert {target for line in shown for target in line.split()} <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_lines_of_python_do_what_they_say(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = fenced(page, "python")[0]
+    assert block.count("unbackdoor.clean(") == 1
+    assert len(block.strip().splitlines()) == 5  # an import, an empty line, three lines
+    names = {"model": linear(), "samples": samples(40), "test_samples": samples(40, seed=1)}
+    # The method alone is replaced, by one that runs in a moment.
+    exec(compile(block.replace('"seam"', '"ft(epochs=1)"'), page, "exec"), names)
+    assert capsys.readouterr().out.strip() in ("unproven", "destroyed", "unchanged")
+    assert (tmp_path / "cleaned" / "report.html").is_file()
+
+
+def settings_table() -> list[str]:
+    """SEAM's settings that some preset changes, a column a preset."""
+
+    def shown(value: object) -> str:
+        if isinstance(value, tuple):
+            return ", ".join(map(shown, value)) or "∅"
+        if value is None:
+            return "∅"
+        return (
+            f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+        )
+
+    columns = {"default": SEAM(), **{name: SEAM(**preset) for name, preset in SEAM.PRESETS.items()}}
+    rows = [["", *(f"`{name}`" for name in columns)], ["---"] * (len(columns) + 1)]
+    for field in dataclasses.fields(SEAM):
+        values = [shown(getattr(settings, field.name)) for settings in columns.values()]
+        if len(set(values)) > 1:
+            rows.append([f"`{field.name}`", *values])
+    return [f"| {' | '.join(row)} |".replace("| --- ", "|---").replace("--- |", "---|") for row in rows]
+
+
+def test_the_presets_of_seam_are_shown_as_they_are() -> None:
+    page = text("docs/methods/seam.md").split("<!-- settings -->")[1].split("\n## ")[0]
+    assert page.strip().splitlines() == settings_table()
+
+
+def test_the_marks_for_results_are_there() -> None:
+    marks = re.findall(r"<!-- table: (\S+) -->", text("docs/results.md"))
+    assert marks == ["mnist", "cifar10", "third-party", "fit-speed", "scratch"]
