@@ -29,6 +29,7 @@ from torch import nn
 
 from unbackdoor import specs
 from unbackdoor.attacks.poisoning import plant
+from unbackdoor.attacks.recipes import usual
 from unbackdoor.attacks.victims import VictimCard, is_victim, load_victim, recipe_fields, save_victim
 from unbackdoor.data.named import dataset_info, load_dataset
 from unbackdoor.errors import UnbackdoorError
@@ -38,41 +39,14 @@ from unbackdoor.inference import measure
 from unbackdoor.models.architectures import build_network
 from unbackdoor.report.files import write
 from unbackdoor.rng import Rng
-from unbackdoor.training import Recipe, fit
+from unbackdoor.training import fit
 from unbackdoor.types import Samples
 
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A data set with the network and the recipe that its victims are trained with."""
-
-    dataset: str
-    arch: str
-    recipe: Recipe
-
-
-SETTINGS = {
-    "mnist": Setting(
-        dataset="mnist",
-        arch="cnn",
-        recipe=Recipe(epochs=4, batch_size=256, optimizer="adam", lr=2e-3, schedule="one-cycle"),
-    ),
-    "cifar10": Setting(
-        dataset="cifar10",
-        arch="preact_resnet18(width=16)",
-        recipe=Recipe(
-            epochs=12,
-            batch_size=256,
-            lr=0.2,
-            nesterov=True,
-            weight_decay=5e-4,
-            schedule="one-cycle",
-            augment="crop-flip",
-        ),
-    ),
-}
+#: The data sets; networks and recipes are the usual ones for test victims.
+SETTINGS = {name: usual(name) for name in ("mnist", "cifar10")}
 
 #: In the order in which they are wanted: the first four and the clean network cover every level of every factor.
 ATTACKS = (
@@ -98,29 +72,30 @@ def victim_name(setting: str, attack: str | None) -> str:
     return f"{setting}-{re.sub(r'[(,] ?', '-', attack or 'clean').replace(')', '').replace('=', '')}"
 
 
-def plant_one(name: str, setting: Setting, attack_text: str | None, seed: int, root: str | None, folder: Path) -> None:
-    train, test = (load_dataset(setting.dataset, split, root) for split in ("train", "test"))
+def plant_one(name: str, setting: str, attack_text: str | None, seed: int, root: str | None, folder: Path) -> None:
+    train, test = (load_dataset(setting, split, root) for split in ("train", "test"))
+    usually = SETTINGS[setting]
     rng = Rng(seed).child("victim", name)
     channels, size, _ = train.image_shape
     model = build_network(
-        setting.arch, num_classes=train.num_classes, in_channels=channels, image_size=size, rng=rng.child("init")
+        usually.arch, num_classes=train.num_classes, in_channels=channels, image_size=size, rng=rng.child("init")
     )
     began = time.perf_counter()
     if attack_text is None:
-        fit(model, train, setting.recipe, rng.child("fit"), name=name)
+        fit(model, train, usually.recipe, rng.child("fit"), name=name)
         accuracy, asr = measure(model, test, precision="fp32").accuracy, None
     else:
-        victim = plant(specs.build("attack", attack_text), model, train, test, setting.recipe, rng)
+        victim = plant(specs.build("attack", attack_text), model, train, test, usually.recipe, rng)
         accuracy, asr = victim.accuracy, victim.asr
     seconds = time.perf_counter() - began
     card = VictimCard(
-        arch=setting.arch,
+        arch=usually.arch,
         attack=attack_text,
-        dataset=setting.dataset,
+        dataset=setting,
         num_classes=train.num_classes,
         image_shape=train.image_shape,
         class_names=train.class_names,
-        recipe=recipe_fields(setting.recipe),
+        recipe=recipe_fields(usually.recipe),
         seed=seed,
         accuracy=accuracy,
         asr=asr,
@@ -137,7 +112,7 @@ def victims(arguments: argparse.Namespace) -> None:
         name = victim_name(setting, attack)
         folder = Path(arguments.out) / "victims" / name
         if not is_victim(folder):
-            plant_one(name, SETTINGS[setting], attack, 0, arguments.data_root, folder)
+            plant_one(name, setting, attack, 0, arguments.data_root, folder)
 
 
 def part(items: list[T], which: str) -> Iterator[T]:
@@ -162,7 +137,7 @@ class Cell:
 
 def methods(setting: str) -> tuple[str, ...]:
     """What is compared, with the augmentation that suits the data."""
-    augment = dataset_info(SETTINGS[setting].dataset).augmentation
+    augment = dataset_info(setting).augmentation
     return (
         f"seam(augment={augment})",
         f"ulrl(preset=authors-v1, augment={augment})",
@@ -199,7 +174,7 @@ def run_cell(cell: Cell, model: nn.Module, card: VictimCard, test: Samples, trai
     """Clean and measure; a failure is a record too."""
     reserve, judged = halves(test)
     per_class = round(cell.budget * train_size / test.num_classes)
-    clean = reserve.draw(per_class, Rng(cell.seed).stream("clean", cell.setting, cell.budget))
+    clean = reserve.draw(per_class, Rng(cell.seed).stream("clean", cell.setting, str(cell.budget)))
     attack = card.build_attack()
     record: dict[str, Any] = {**dataclasses.asdict(cell), "clean_samples": len(clean)}
     began = time.perf_counter()
@@ -236,7 +211,7 @@ def cells(arguments: argparse.Namespace) -> None:
         if path.exists() or not is_victim(folder):
             continue
         if cell.setting not in loaded:
-            name = SETTINGS[cell.setting].dataset
+            name = cell.setting
             loaded[cell.setting] = (
                 load_dataset(name, "test", arguments.data_root),
                 len(load_dataset(name, "train", arguments.data_root)),

@@ -176,6 +176,8 @@ def construct(cls: type[Any], name: str, arguments: dict[str, Any]) -> Any:
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
+        if value is None and None not in args:
+            value = "none"  # the bare word reads as None; where a choice is called so, that is what was meant
         if any(value == a and type(value) is type(a) for a in args):  # True equals 1 and is no 1
             return value
         raise ConfigError(f"{where}: must be one of {', '.join(repr(a) for a in args)}")

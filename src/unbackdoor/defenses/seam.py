@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor.augmentation import Augmentation
+from unbackdoor.defenses.steadiness import epochs_for
 from unbackdoor.errors import ConfigError, TrainingDiverged
 from unbackdoor.inference import Fit, measure, predict
 from unbackdoor.rng import Rng
 from unbackdoor.training import BatchHook, EndOfEpoch, Optimizer, Recipe, Schedule, Step, batch_starts, fit, lr_factor
 from unbackdoor.types import Epoch, Phase, Removal, Samples, Trace
-
-#: An epoch over a handful of samples is one step; more of them than this are not run.
-MOST_EPOCHS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,9 +372,9 @@ class _Amnesia:
         self, model: nn.Module, samples: Samples, strength: _Strength, name: str, length: float
     ) -> list[Epoch]:
         s = self.settings
-        wanted = s.recover_images / len(samples) if s.recover_images else s.recover_epochs
+        full = s.recover_images or s.recover_epochs * len(samples)
         recipe = Recipe(
-            epochs=min(MOST_EPOCHS, max(1, round(wanted * length))),
+            epochs=epochs_for(full * length, len(samples)),
             batch_size=s.batch_size,
             optimizer=s.recover_optimizer,
             betas=s.recover_betas,

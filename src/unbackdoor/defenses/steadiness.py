@@ -1,4 +1,4 @@
-"""Learning rates that the network at hand can take, found on the clean samples alone.
+"""Lengths and learning rates that suit the samples and the network at hand, found on the clean samples alone.
 
 A fixed learning rate does not travel: what fine-tunes one network sends another, without normalisation or with inputs
 in 0..255, to chance, from where it cannot come back.
@@ -20,6 +20,15 @@ from unbackdoor.types import Samples
 
 #: Steps of the trial run, the factor between two tries, and how many tries there are.
 TRIAL_STEPS, FACTOR, TRIES = 30, 0.3, 6
+
+
+#: An epoch over a handful of samples is one step; more of them than this are not run.
+MOST_EPOCHS = 300
+
+
+def epochs_for(images: float, samples: int) -> int:
+    """How many epochs over ``samples`` pass about ``images`` images: at least 1, at most 300."""
+    return min(MOST_EPOCHS, max(1, round(images / samples)))
 
 
 def steady_lr(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor.augmentation import Augmentation
-from unbackdoor.defenses.steadiness import steady_lr
+from unbackdoor.defenses.steadiness import epochs_for, steady_lr
 from unbackdoor.errors import ConfigError, TrainingDiverged
 from unbackdoor.models.surgery import UnitLayer, find_head, reset_units, unit_layers
 from unbackdoor.rng import Rng
@@ -39,6 +39,8 @@ class ULRL:
         unlearn_lr, unlearn_epochs, unlearn_stop: gradient ascent, until the epoch's running accuracy is at most
             ``unlearn_stop``.
         relearn_lr, relearn_epochs, alpha: SGD with a cosine schedule; alpha weighs the sum of signed cosines.
+        relearn_images: instead of ``relearn_epochs``, where above 0: as many epochs as pass about so many images, so
+            that relearning means the same at every number of samples (ours).
         batch_size: images a step, in both phases.
         double_bn: a second train-mode forward after each relearning step, as the release runs it, so that BatchNorm's
             statistics move twice a batch.
@@ -53,10 +55,11 @@ class ULRL:
     unlearn_lr: float = 0.01
     unlearn_epochs: int = 20
     unlearn_stop: float = 0.20
-    relearn_lr: float = 0.01
+    relearn_lr: float = 0.05
     relearn_epochs: int = 20
+    relearn_images: int = 12_000
     alpha: float = 0.7
-    batch_size: int = 128
+    batch_size: int = 32
     double_bn: bool = False
     augment: Augmentation = "crop"
     steady: bool = True
@@ -72,6 +75,7 @@ class ULRL:
             "unlearn_stop": 0.20,
             "relearn_lr": 0.005,
             "relearn_epochs": 20,
+            "relearn_images": 0,
             "alpha": 0.7,
             "batch_size": 128,
             "double_bn": False,
@@ -176,7 +180,7 @@ class ULRL:
                 pushed.append((layer, units, layer.rows()[units].detach().clone()))
                 reset_units(layer, found.flagged, resets)
         recipe = Recipe(
-            epochs=self.relearn_epochs,
+            epochs=epochs_for(self.relearn_images, len(clean)) if self.relearn_images else self.relearn_epochs,
             batch_size=self.batch_size,
             lr=self.relearn_lr,
             schedule="epoch-cosine",
