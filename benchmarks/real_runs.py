@@ -263,24 +263,13 @@ def table(arguments: argparse.Namespace) -> None:
         groups.setdefault((row["setting"], row["attack"], row["budget"], row["method"]), []).append(row)
     for setting in arguments.settings:
         print(f"\n**{setting}**, {SETTINGS[setting].arch}\n")
-        heads = [
-            "victim",
-            "clean",
-            "method",
-            "seeds",
-            "ACC before",
-            "ACC after",
-            "ASR before",
-            "ASR after",
-            "RA after",
-            "DER",
-            "s",
-        ]
+        heads = HEADS.split("|")
         print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
         for key in sorted((k for k in groups if k[0] == setting), key=lambda k: (order.get(k[1], 99), k[2], k[3])):
             print(table_row(key, groups[key]))
 
 
+HEADS = "victim|clean|method|seeds|ACC before|ACC after|ASR before|ASR after|RA after|DER|s"
 #: The table's columns after the two accuracies.
 COLUMNS = ("asr_before", "asr_after", "ra_after")
 
@@ -311,7 +300,7 @@ def table_row(key: tuple[str, str | None, float, str], rows: list[dict[str, Any]
     columns = [
         shown("acc_before"),
         shown("acc_after"),
-        shown("asr_before") + weak,
+        shown("asr_before"),
         shown("asr_after"),
         shown("ra_after"),
     ]
