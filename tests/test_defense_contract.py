@@ -28,8 +28,8 @@ from unbackdoor.types import Defense, Phase, Removal, Samples, Trace
 #: name -> a spec that takes a moment instead of minutes, of the same code paths.
 SHORT: dict[str, str] = {
     "ft": "ft(epochs=2)",
-    "seam": "seam(forget_epochs=2, recover_epochs=2, recover_images=0, strengths=(0.3, 1.0))",
-    "ulrl": "ulrl(unlearn_epochs=2, relearn_epochs=2)",
+    "seam": "seam(forget_epochs=2, recover_epochs=2, recover_images=0, recover_lrs=(0.001, 0.004), shrinks=(0.5, 1))",
+    "ulrl": "ulrl(unlearn_epochs=2, relearn_epochs=2, relearn_images=0)",
 }
 
 

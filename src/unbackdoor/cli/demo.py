@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from unbackdoor.types import Samples
 
 #: The defenses that are shown, in this order. The report is of REPORTED with the first seed, whatever comes out.
-METHODS = ("ft", "seam", "ulrl")
+METHODS = ("ft", "seam(distill=0.5)", "ulrl")
 REPORTED = METHODS[1]
 
-DATASET, ATTACK, PER_CLASS, PROCESSES = "digits", "badnets(rate=0.1, size=2)", 12, 2
+DATASET, ATTACK, PER_CLASS, PROCESSES = "digits", "badnets(rate=0.1, size=2)", 20, 2
 
 #: A method succeeded where the attack's success is at most GONE and the accuracy fell by at most LOST.
 GONE, LOST = 0.10, 0.05

@@ -58,8 +58,8 @@ class SEAM:
         shrinks: how far decoupled weight decay shrinks, over a whole recovery, every weight that the recovery does not
             hold against it: by exp(−shrink). What the clean samples never exercise fades, the backdoor with it. Starts
             at the one nearest to 1, goes up while the held-out accuracy stays within ``tolerance`` plus one standard
-            error of the best, and down where 1 costs much; the largest that stays is kept. A single one is not
-            searched; without any, ``recover_weight_decay`` holds.
+            error of the best and not five tolerances below the given network's, and down where it falls below that;
+            the largest that stays is kept. A single one is not searched; without any, ``recover_weight_decay`` holds.
         tolerance: accuracy that may be lost on the held-out samples, in [0, 1].
         refit: run the chosen strength once more with the held-out samples joined to the others.
         step_cap: see :class:`unbackdoor.training.Recipe`.
@@ -284,8 +284,10 @@ class _Amnesia:
 
         chosen = best = attempt(start)
         for index in range(start + 1, len(shrinks)):
-            stronger = attempt(index) if best is not None else None
-            if best is None or stronger is None or not self._holds(stronger, best):
+            if best is None or chosen is None or self._costs_much(chosen):
+                break
+            stronger = attempt(index)
+            if stronger is None or not self._holds(stronger, best):
                 break
             chosen, best = stronger, max(stronger, best, key=lambda t: t.accuracy)
         if chosen is None or (chosen.strength.shrink == shrinks[start] and self._costs_much(chosen)):
@@ -299,11 +301,11 @@ class _Amnesia:
         return chosen
 
     def _best_lr(self, shrink: float | None) -> float:
-        """The learning rate whose short recovery (a third of the length) keeps most skill."""
+        """The learning rate whose short recovery (half of the length) keeps most skill."""
         lrs = sorted(self.settings.recover_lrs)
         if len(lrs) == 1:
             return lrs[0]
-        trials = [self._trial(_Strength(lr, shrink), self.rest, f"short, lr {lr:g}", length=1 / 3) for lr in lrs]
+        trials = [self._trial(_Strength(lr, shrink), self.rest, f"short, lr {lr:g}", length=1 / 2) for lr in lrs]
         kept = [trial for trial in trials if trial is not None]
         if not kept:
             raise TrainingDiverged(f"SEAM diverged at every learning rate ({', '.join(f'{lr:g}' for lr in lrs)})")
@@ -316,7 +318,7 @@ class _Amnesia:
         return lost.mean().item() <= self.settings.tolerance + error
 
     def _costs_much(self, trial: _Trial) -> bool:
-        """Whether a weaker recovery is worth a look: the held-out accuracy fell by five times the tolerance."""
+        """Whether to go no further up, and have a look further down: five tolerances of held-out accuracy are gone."""
         return self.before.accuracy - trial.accuracy > 5 * self.settings.tolerance
 
     def _trial(self, strength: _Strength, samples: Samples, name: str, length: float = 1.0) -> _Trial | None:

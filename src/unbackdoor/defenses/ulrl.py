@@ -57,7 +57,7 @@ class ULRL:
     unlearn_stop: float = 0.20
     relearn_lr: float = 0.05
     relearn_epochs: int = 20
-    relearn_images: int = 12_000
+    relearn_images: int = 24_000
     alpha: float = 0.7
     batch_size: int = 32
     double_bn: bool = False

@@ -217,22 +217,9 @@ def cnn(num_classes: int = 10, in_channels: int = 1, image_size: int = 28, width
     return ConvNet(num_classes, in_channels, width, image_size)
 
 
-def mlp(num_classes: int = 10, in_channels: int = 1, image_size: int = 8, width: int = 128) -> nn.Module:
-    """A perceptron with two hidden layers of ``width`` and ``width / 2`` units on the flattened pixels."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(in_channels * image_size**2, width),
-        nn.ReLU(),
-        nn.Linear(width, width // 2),
-        nn.ReLU(),
-        nn.Linear(width // 2, num_classes),
-    )
-
-
-#: name -> factory. ``cnn``, ``mlp`` and the transformers depend on the image's size; the others do not.
+#: name -> factory. ``cnn`` and the transformers depend on the image's size; the others do not.
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
-    "mlp": mlp,
     "preact_resnet18": preact_resnet18,
     "vgg11_bn": vgg11_bn,
     "vgg19_bn": vgg19_bn,
