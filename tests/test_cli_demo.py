@@ -14,6 +14,7 @@ from cli_runs import listed, run
 from unbackdoor import specs
 from unbackdoor.attacks import recipes
 from unbackdoor.cli import demo
+from unbackdoor.data.named import load_dataset
 from unbackdoor.report import Report
 
 CELL = demo.Cell(
@@ -74,8 +75,8 @@ def test_the_demo_writes_a_report_and_repeats(quick: None, tmp_path: Path) -> No
     assert report.method.seed == 0
     assert report.method.spec == "ft(epochs=2)"
     assert report.after.accuracy.value == cells[1]["accuracy_after"]
-    assert report.samples.per_class == (12,) * 10
-    assert report.measured.count == 380
+    assert report.samples.per_class == (demo.PER_CLASS,) * 10
+    assert report.measured.count == len(load_dataset("digits", "test")) - 10 * demo.PER_CLASS
     assert cells[0]["accuracy_before"] != cells[2]["accuracy_before"]
     assert "mean" in first.stdout
     for method in demo.METHODS:

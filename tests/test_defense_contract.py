@@ -181,7 +181,8 @@ def test_it_works_on(name: str, case: str) -> None:
 @each_defense
 def test_every_preset_works(name: str) -> None:
     cls = specs.lookup("defense", name)
-    settings = specs.parse(SHORT[name])[1]
+    # The lengths alone: a preset's other fields are its own.
+    settings = {k: v for k, v in specs.parse(SHORT[name])[1].items() if k.endswith(("_epochs", "_images"))}
     for preset in specs.presets_of(cls):
         thing = specs.construct(cls, name, {"preset": preset, **settings})
         for case in ("usual", "one image a class", "two classes"):

@@ -1,0 +1,84 @@
+"""What each method does to a real backdoor: planted in a network, measured before and after on images it never saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from unbackdoor import specs
+from unbackdoor.attacks.poisoning import plant
+from unbackdoor.attacks.recipes import usual
+from unbackdoor.data.named import load_dataset
+from unbackdoor.evaluation.assessment import assess
+from unbackdoor.models.architectures import build_network
+from unbackdoor.rng import Rng
+from unbackdoor.types import Attack, Samples
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A victim, the clean samples that a defense gets, and the images that judge it."""
+
+    model: nn.Module
+    attack: Attack
+    clean: Samples
+    judged: Samples
+
+    def rates(self, model: nn.Module) -> tuple[float, float]:
+        """(accuracy, attack success rate)."""
+        found = assess(model, self.judged, attack=self.attack)
+        assert found.asr is not None
+        return found.accuracy.value, found.asr.value
+
+    def cleaned(self, spec: str) -> tuple[float, float]:
+        return self.rates(specs.build("defense", spec)(self.model, self.clean, Rng(0).child("defense")).model)
+
+
+def scene(dataset: str, attack_spec: str, per_class: int, root: Path | None = None) -> Scene:
+    train, test = (load_dataset(dataset, split, root) for split in ("train", "test"))
+    made, attack, rng = usual(dataset), specs.build("attack", attack_spec), Rng(0).child("effects", dataset)
+    channels, size, _ = train.image_shape
+    network = build_network(
+        made.arch, num_classes=train.num_classes, in_channels=channels, image_size=size, rng=rng.child("init")
+    )
+    middle = len(test) // 2
+    reserve, judged = test.select(torch.arange(middle)), test.select(torch.arange(middle, len(test)))
+    victim = plant(attack, network, train, judged, made.recipe, rng)
+    return Scene(victim.model, attack, reserve.draw(per_class, rng.stream("clean")), judged)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Scene:
+    return scene("digits", "badnets(rate=0.1, size=2)", 20)
+
+
+def test_the_attack_takes(digits: Scene) -> None:
+    accuracy, asr = digits.rates(digits.model)
+    assert accuracy >= 0.95
+    assert asr >= 0.95
+
+
+def test_fine_tuning_leaves_the_backdoor(digits: Scene) -> None:
+    accuracy, asr = digits.cleaned("ft")
+    assert accuracy >= 0.93
+    assert asr >= 0.5
+
+
+@pytest.mark.parametrize(("spec", "least"), [("seam(distill=0.5)", 0.85), ("ulrl", 0.80)])
+def test_the_backdoor_goes(digits: Scene, spec: str, least: float) -> None:
+    accuracy, asr = digits.cleaned(spec)
+    assert asr <= 0.15
+    assert accuracy >= least
+
+
+@pytest.mark.slow
+def test_seam_by_default_cleans_mnist_with_one_percent(data_root: Path) -> None:
+    mnist = scene("mnist", "badnets(rate=0.1)", 60, data_root)
+    before, after = mnist.rates(mnist.model), mnist.cleaned("seam")
+    assert before[1] >= 0.99
+    assert after[1] <= 0.08
+    assert before[0] - after[0] <= 0.015
