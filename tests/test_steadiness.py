@@ -1,0 +1,130 @@
+"""How long to train, and a learning rate that the network stands."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from factories import Snapshot, convolutional, samples
+from unbackdoor.defenses.steadiness import FACTOR, TRIES, epochs_for, steady_lr
+from unbackdoor.errors import TrainingDiverged
+from unbackdoor.inference import measure
+from unbackdoor.rng import Rng
+from unbackdoor.training import CrossEntropy, Recipe, Step, fit
+
+
+class Raw(nn.Module):
+    """Feeds its network 0..255, as many a checkpoint wants it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.network(255 * x)
+        return out
+
+
+@pytest.fixture(scope="module")
+def fragile() -> nn.Module:
+    """Without normalisation, on raw pixels, well trained at a learning rate that suits it."""
+    model = Raw(convolutional(norm=False))
+    fit(model, samples(), Recipe(epochs=60, batch_size=20, optimizer="adam", lr=1e-3), Rng(0))
+    assert measure(model, samples()).accuracy > 0.9
+    return model
+
+
+def broken(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether 30 steps leave it no better than guessing; of its own, by another stream of batches."""
+    attempt = Raw(convolutional(norm=False))
+    attempt.load_state_dict(model.state_dict())
+    try:
+        fit(attempt, samples(), recipe, Rng(1))
+    except TrainingDiverged:
+        return True
+    return not measure(attempt, samples()).loss < math.log(4)
+
+
+def test_a_breaking_rate_is_lowered(fragile: nn.Module) -> None:
+    recipe = Recipe(epochs=15, batch_size=20, lr=0.1)  # 40 images: 30 steps
+    before = Snapshot(fragile)
+    lr, notes = steady_lr(fragile, samples(), recipe, Rng(0))
+    assert before.differences() == []
+    power = math.log(lr / recipe.lr) / math.log(FACTOR)
+    assert power == pytest.approx(round(power))
+    assert 1 <= round(power) < TRIES
+    assert f"from 0.1 to {lr:g}" in notes[0]
+    assert broken(fragile, recipe)
+    assert not broken(fragile, Recipe(epochs=15, batch_size=20, lr=lr))
+    # It is the largest: what was tried before it fails the test, and it passes it.
+    assert steady_lr(fragile, samples(), Recipe(epochs=15, batch_size=20, lr=lr), Rng(0)) == (lr, ())
+    assert steady_lr(fragile, samples(), Recipe(epochs=15, batch_size=20, lr=lr / FACTOR), Rng(0))[1]
+
+
+def test_a_harmless_rate_is_kept() -> None:
+    model, recipe = convolutional(), Recipe(epochs=2, batch_size=20, lr=0.01)
+    before = Snapshot(model)
+    assert steady_lr(model, samples(), recipe, Rng(0)) == (0.01, ())
+    assert before.differences() == []
+
+
+def test_a_network_that_was_worse_than_chance_is_not_called_broken_for_it() -> None:
+    model = convolutional()
+    with torch.no_grad():
+        model[10].bias[0] = 30.0  # sure of class 0 whatever it sees
+    assert measure(model, samples()).loss > math.log(4) + 1
+    assert steady_lr(model, samples(), Recipe(batch_size=20, lr=1e-4), Rng(0)) == (1e-4, ())
+
+
+@pytest.mark.parametrize(("count", "batch"), [(40, 20), (40, 7), (4, 256), (200, 4)])
+def test_the_trial_runs_thirty_steps_of_the_objective(count: int, batch: int) -> None:
+    seen = []
+
+    def counting(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+        seen.append(len(x))
+        return CrossEntropy()(model, x, y)
+
+    recipe = Recipe(epochs=1, batch_size=batch, lr=1e-4)
+    steady_lr(convolutional(), samples(count), recipe, Rng(0), objective=counting)
+    steps = math.ceil(count / batch)
+    assert 30 <= len(seen) < 30 + steps, "whole epochs, and no more of them than 30 steps take"
+
+
+def test_a_loss_that_is_not_finite_is_broken() -> None:
+    tries = []
+
+    def nan_twice(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+        done = CrossEntropy()(model, x, y)
+        first = len(tries) < 2
+        if first:
+            tries.append(1)  # one step an epoch, and the first epoch ends the try
+        return done._replace(loss=done.loss * math.nan) if first else done
+
+    lr, notes = steady_lr(convolutional(), samples(), Recipe(batch_size=40, lr=0.01), Rng(0), objective=nan_twice)
+    assert lr == pytest.approx(0.01 * 0.3**2)
+    assert len(notes) == 1
+
+
+def test_the_rate_repeats(fragile: nn.Module) -> None:
+    recipe = Recipe(batch_size=20, lr=0.1)
+    assert steady_lr(fragile, samples(), recipe, Rng(5)) == steady_lr(fragile, samples(), recipe, Rng(5))
+
+
+@given(st.floats(1, 1e7), st.integers(1, 100_000))
+def test_epochs_pass_about_so_many_images(images: float, count: int) -> None:
+    epochs = epochs_for(images, count)
+    assert isinstance(epochs, int)
+    assert 1 <= epochs <= 300
+    if 1 < epochs < 300:
+        assert abs(epochs * count - images) <= count / 2 + 1e-6 * images
+
+
+def test_epochs_at_the_ends() -> None:
+    assert epochs_for(24_000, 200) == 120
+    assert epochs_for(24_000, 10) == 300
+    assert epochs_for(24_000, 100_000) == 1
