@@ -59,7 +59,8 @@ def unit_layers(model: nn.Module) -> list[UnitLayer]:
     layers = []
     for name, module in model.named_modules():
         if is_row_layer(module):
-            layers.append(UnitLayer(name, module, module.weight, module.bias))
+            # A traced layer without bias has no such attribute.
+            layers.append(UnitLayer(name, module, module.weight, getattr(module, "bias", None)))
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             layers.append(UnitLayer(name, module, module.in_proj_weight, module.in_proj_bias))
     if not layers:
