@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import factories
+from cli_runs import run
 from unbackdoor.attacks.image.badnets import BadNets
 from unbackdoor.attacks.victims import VictimCard, is_victim, load_victim, read_card, recipe_fields, save_victim
 from unbackdoor.errors import CheckpointError, OutputExists, UnsafeCheckpoint
@@ -162,3 +163,14 @@ def test_weights_that_are_missing_damaged_or_of_another_network_are_named(tmp_pa
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
         load_victim(folder)
+
+
+def test_the_command_line_runs_no_code_of_a_card_either(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    card = dataclasses.replace(CARD, arch=f"os:mkdir(path='{trace}')")
+    folder = save_victim(tmp_path / "v", _network(), card)
+    done = run("clean", folder, "--samples", "digits", "--out", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "os:mkdir" in done.stderr
+    assert "--arch" in done.stderr
+    assert not trace.exists()
