@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 import factories
+from cli_runs import run
 from unbackdoor.attacks.image.badnets import BadNets
 from unbackdoor.attacks.victims import VictimCard, is_victim, load_victim, read_card, recipe_fields, save_victim
-from unbackdoor.errors import CheckpointError, OutputExists
+from unbackdoor.errors import CheckpointError, OutputExists, UnsafeCheckpoint
 from unbackdoor.models.zoo import cnn
 from unbackdoor.training import Recipe
 
@@ -75,6 +77,9 @@ def test_force_does_not_replace_a_folder_of_other_things(tmp_path: Path) -> None
         ("[]", "has format None"),
         (json.dumps({"format": 99}), "has format 99"),
         (json.dumps({"format": 1, "arch": "cnn"}), "does not hold a victim's card"),
+        (json.dumps({"format": 1, "image_shape": 3}), "does not hold a victim's card"),
+        (json.dumps({"format": 1, **dataclasses.asdict(CARD), "image_shape": []}), "image_shape must be"),
+        (json.dumps({"format": 1, **dataclasses.asdict(CARD), "arch": 3}), "arch must be text, not 3"),
     ],
 )
 def test_a_wrong_card_is_named(tmp_path: Path, content: str | None, message: str) -> None:
@@ -82,3 +87,90 @@ def test_a_wrong_card_is_named(tmp_path: Path, content: str | None, message: str
         (tmp_path / "victim.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         read_card(tmp_path)
+
+
+def test_a_file_is_no_victim(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="holds no planted victim"):
+        read_card(tmp_path / "file")
+
+
+def test_class_names_in_any_script_are_kept(tmp_path: Path) -> None:
+    names = ("猫", "Hündin", "a b", '"')
+    folder = save_victim(tmp_path / "v", _network(), dataclasses.replace(CARD, class_names=names))
+    assert read_card(folder).class_names == names
+
+
+def test_a_clean_network_has_no_attack() -> None:
+    assert dataclasses.replace(CARD, attack=None, asr=None).build_attack() is None
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("broken", ["unbackdoor.models.checkpoints.save_file", "pathlib.Path.replace"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failed_save_leaves_what_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, existing: bool
+) -> None:
+    first = _network()
+    if existing:
+        save_victim(tmp_path / "v", first, CARD)
+    with monkeypatch.context() as patched:
+        patched.setattr(broken, _fail)
+        with pytest.raises((OSError, CheckpointError), match="no space left"):
+            save_victim(tmp_path / "v", _network(), CARD, force=True)
+    _assert_untouched(tmp_path, first, existing)
+
+
+def test_a_failed_last_move_puts_the_former_victim_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, replace = _network(), Path.replace
+    save_victim(tmp_path / "v", first, CARD)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda p, to: _fail() if p.is_dir() else replace(p, to))
+        with pytest.raises(OSError, match="no space left"):
+            save_victim(tmp_path / "v", _network(), CARD, force=True)
+    _assert_untouched(tmp_path, first, existing=True)
+
+
+def _assert_untouched(folder: Path, first: torch.nn.Module, existing: bool) -> None:
+    assert [p.name for p in folder.iterdir()] == (["v"] if existing else [])
+    if existing:
+        assert factories.same(factories.weights(load_victim(folder / "v")[0]), factories.weights(first))
+
+
+@pytest.mark.parametrize("spec", ["os:mkdir(path='{}')", "{}.py:Net", "timm:resnet18(checkpoint_path='{}')"])
+def test_a_card_runs_no_code(tmp_path: Path, spec: str) -> None:
+    trace = tmp_path / "trace"
+    trace.with_suffix(".py").write_text(f"import os; os.mkdir({str(trace)!r})")
+    card = dataclasses.replace(CARD, arch=spec.format(trace))
+    folder = save_victim(tmp_path / "v", _network(), card)
+    with pytest.raises(UnsafeCheckpoint, match="--arch"):
+        load_victim(folder)
+    assert not trace.exists()
+    loaded, _ = load_victim(folder, arch=CARD.arch)
+    assert not loaded.training
+
+
+def test_weights_that_are_missing_damaged_or_of_another_network_are_named(tmp_path: Path) -> None:
+    folder = save_victim(tmp_path / "v", _network(), dataclasses.replace(CARD, arch="cnn(width=3)"))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit cnn\(width=3\)"):
+        load_victim(folder)
+    (folder / "model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_victim(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_victim(folder)
+
+
+def test_the_command_line_runs_no_code_of_a_card_either(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    card = dataclasses.replace(CARD, arch=f"os:mkdir(path='{trace}')")
+    folder = save_victim(tmp_path / "v", _network(), card)
+    done = run("clean", folder, "--samples", "digits", "--out", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "os:mkdir" in done.stderr
+    assert "--arch" in done.stderr
+    assert not trace.exists()

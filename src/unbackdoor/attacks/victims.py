@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from unbackdoor import specs
-from unbackdoor.errors import CheckpointError, OutputExists
-from unbackdoor.models.architectures import build_network
+from unbackdoor.errors import CheckpointError, ConfigError, OutputExists, UnsafeCheckpoint
+from unbackdoor.models.architectures import build_network, is_plain_spec
 from unbackdoor.models.checkpoints import write_safetensors
 from unbackdoor.rng import Rng
 from unbackdoor.training import Recipe
@@ -52,6 +53,24 @@ class VictimCard:
     asr: float | None
     seconds: float
 
+    def plain_arch(self) -> str:
+        """``arch``, where building it runs no code that the card's writer chose.
+
+        Raises:
+            UnsafeCheckpoint: it would import a module or a file.
+            CheckpointError: it is no spec.
+        """
+        try:
+            plain = is_plain_spec(self.arch)
+        except ConfigError as error:
+            raise CheckpointError(f"{CARD} names no network: {error}") from None
+        if not plain:
+            raise UnsafeCheckpoint(
+                f"{CARD} asks to run {self.arch!r}, code from outside; if you trust it, state it yourself with --arch",
+                [self.arch],
+            )
+        return self.arch
+
     def build_attack(self) -> Attack | None:
         """The attack, ready to stamp triggers; None for a clean network."""
         attack: Attack | None = specs.build("attack", self.attack) if self.attack else None
@@ -78,9 +97,15 @@ def save_victim(folder: str | os.PathLike[str], model: nn.Module, card: VictimCa
         write_safetensors(model.state_dict(), new / WEIGHTS)
         content = {"format": _FORMAT, **dataclasses.asdict(card)}
         (new / CARD).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        old = Path(made) / "old"  # goes with the temporary folder
         if folder.exists():
-            folder.rename(Path(made) / "old")  # goes with the temporary folder
-        new.replace(folder)
+            folder.rename(old)
+        try:
+            new.replace(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     return folder
 
 
@@ -115,31 +140,50 @@ def read_card(folder: str | os.PathLike[str]) -> VictimCard:
     path = Path(folder) / CARD
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} holds no planted victim: {CARD} is missing") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from None
     version = content.pop("format", None) if isinstance(content, dict) else None
     if version != _FORMAT:
         raise CheckpointError(f"{path} has format {version!r}; this version reads format {_FORMAT}")
-    for key in ("image_shape", "class_names"):
-        content[key] = tuple(content.get(key, ()))
     try:
-        return VictimCard(**content)
+        for key in ("image_shape", "class_names"):
+            content[key] = tuple(content.get(key, ()))
+        card = VictimCard(**content)
     except TypeError as error:
         raise CheckpointError(f"{path} does not hold a victim's card: {error}") from None
+    if len(card.image_shape) != 3 or not all(isinstance(n, int) and n > 0 for n in card.image_shape):
+        raise CheckpointError(f"{path}: image_shape must be [channels, height, width], not {list(card.image_shape)}")
+    if not isinstance(card.arch, str):
+        raise CheckpointError(f"{path}: arch must be text, not {card.arch!r}")
+    return card
 
 
-def load_victim(folder: str | os.PathLike[str]) -> tuple[nn.Module, VictimCard]:
-    """The victim's network in eval mode, and its card. Nothing in the folder is executed."""
+def load_victim(folder: str | os.PathLike[str], *, arch: str | None = None) -> tuple[nn.Module, VictimCard]:
+    """The victim's network in eval mode, and its card. Nothing that the folder holds or names is executed.
+
+    Args:
+        arch: the network's spec, in place of the card's; needed where that is the user's own code.
+
+    Raises:
+        UnsafeCheckpoint: the card's network is code from outside.
+        CheckpointError: the card or the weights are missing, damaged, or do not belong together.
+    """
     card = read_card(folder)
     model = build_network(
-        card.arch,
+        arch or card.plain_arch(),
         num_classes=card.num_classes,
         in_channels=card.image_shape[0],
         image_size=card.image_shape[1],
         rng=Rng(0),
     )
-    with torch.no_grad():
-        model.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    path = Path(folder) / WEIGHTS
+    try:
+        with torch.no_grad():
+            model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {arch or card.arch}: {error}") from None
     return model.eval(), card

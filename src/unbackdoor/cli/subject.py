@@ -117,7 +117,7 @@ def load_subject(asked: Asked, *, strict: bool) -> Subject:
     device = device_of_choice(asked.device, asked.threads)
     file, card, attack = model_file(asked.model), _card(asked.model), known_attack(asked)
     checkpoint = read_checkpoint(file, trust_pickle=asked.trust_pickle)
-    arch = asked.arch or (card.arch if card else None)
+    arch = asked.arch or (card.plain_arch() if card else None)
     image_size = asked.image_size or (card.image_shape[1] if card else None)
     spec = resolve_spec(checkpoint, arch)
     sizes = read_sizes(checkpoint, arch)

@@ -56,6 +56,21 @@ def build_network(spec: str, *, num_classes: int, in_channels: int = 3, image_si
     return _build(name, own, {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}, rng)
 
 
+def is_plain_spec(spec: str) -> bool:
+    """Whether building ``spec`` runs no code but that of the zoo, timm or torchvision, whoever wrote it.
+
+    Both packages read files that text arguments name; only numbers and None are plain there.
+
+    Raises:
+        ConfigError: it is no spec.
+    """
+    name, own = specs.parse(spec)
+    origin, colon, _ = name.rpartition(":")
+    if not colon:
+        return True
+    return origin in ("timm", "torchvision") and all(v is None or isinstance(v, int | float) for v in own.values())
+
+
 def resolve_spec(checkpoint: Checkpoint, arch: str | None) -> str | None:
     """The spec that :func:`load_network` uses: ``arch``, or what the weights tell; None for the file's own network.
 

@@ -1,0 +1,37 @@
+"""The usual victims: every named data set has a network that can be built, and a recipe that suits its pictures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unbackdoor.attacks.recipes import ANY, USUAL, usual
+from unbackdoor.data.named import DATASETS, dataset_info
+from unbackdoor.models.architectures import build_network
+from unbackdoor.rng import Rng
+
+
+def test_every_named_data_set_has_its_own() -> None:
+    assert set(USUAL) == set(DATASETS)
+
+
+@pytest.mark.parametrize("name", sorted(USUAL))
+def test_the_network_takes_the_pictures(name: str) -> None:
+    info = dataset_info(name)
+    channels, size, width = info.image_shape
+    network = build_network(
+        usual(name).arch, num_classes=info.num_classes, in_channels=channels, image_size=size, rng=Rng(0)
+    )
+    assert network.eval()(torch.zeros(2, channels, size, width)).shape == (2, info.num_classes)
+
+
+@pytest.mark.parametrize("name", sorted(USUAL))
+def test_no_recipe_augments_more_than_the_class_bears(name: str) -> None:
+    allowed = {"none": ["none"], "crop": ["none", "crop"], "crop-flip": ["none", "crop", "crop-flip"]}
+    assert usual(name).recipe.augment in allowed[dataset_info(name).augmentation]
+
+
+def test_names_go_by_any_case_and_unknown_data_gets_a_network_without_flips() -> None:
+    assert usual("CIFAR10") is USUAL["cifar10"]
+    assert usual("my holiday pictures") is ANY
+    assert ANY.recipe.augment != "crop-flip"
