@@ -50,7 +50,7 @@ def reference(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, float, fl
     m = lower_median(s)
     mad = lower_median(np.abs(s - m))
     z = np.abs(s - m) / (1.4826 * mad if mad > 0 else 1e-12)
-    return s, m, mad, z, [i for i in range(len(s)) if z[i] > threshold and s[i] > m]
+    return s, m, mad, z, [i for i in range(len(s)) if len(s) > 2 and z[i] > threshold and s[i] > m]
 
 
 def score(defense: ULRL, rows: Any, bias: float = 0.0) -> UnitScores:
@@ -82,6 +82,11 @@ def test_scores_are_the_references(rows: list[list[float]], threshold: float) ->
     np.testing.assert_allclose(found.deviations, z, rtol=1e-12)
     assert found.flagged == tuple(flagged)
     assert all(math.isfinite(v) for v in found.deviations)
+
+
+def test_of_two_units_none_is_an_outlier() -> None:
+    found = score(ULRL(), [[4.0], [4.125]])
+    assert found.flagged == ()  # the guard alone would make the higher one stand out by any difference
 
 
 def test_an_even_count_takes_the_lower_middle() -> None:

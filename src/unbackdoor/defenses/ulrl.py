@@ -1,7 +1,7 @@
 """ULRL: unlearn to expose suspicious neurons, reset them, relearn while pushing them away from what they were.
 
-Source: arXiv 2405.14781 and the authors' released v1 code. The preset "authors-v1" follows the release to the letter;
-the general form scores any layers of any network.
+Source: arXiv 2405.14781 and the authors' released v1 code. The preset "authors-v1" follows the release to the letter,
+but for its second forward, which ``double_bn`` switches on; the general form scores any layers of any network.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ class ULRL:
         # Equal scores have no outliers; the guard keeps 0/0 and a lone deviation over 0 finite.
         scale = MAD_TO_SIGMA * mad if mad > 0 else torch.tensor(1e-12, dtype=torch.float64)
         z = (s - median).abs() / scale
-        outliers = [i for i in range(len(s)) if z[i] > self.threshold and s[i] > median]
+        # Of two units one is always the lower middle and the other an outlier: two cannot be told apart so.
+        outliers = [i for i in range(len(s)) if z[i] > self.threshold and s[i] > median] if len(s) > 2 else []
         if self.cap is not None and len(outliers) > self.cap:
             ranked = sorted(outliers, key=lambda i: -float(s[i])) if self.by == "score" else outliers
             outliers = sorted(ranked[: self.cap])
