@@ -286,7 +286,7 @@ def table_row(key: tuple[str, str | None, float, str], rows: list[dict[str, Any]
         if not values:
             return "–"
         mean = statistics.fmean(values)
-        if len(values) < 2 or name.endswith("before"):
+        if len(values) < 3 or name.endswith("before"):
             return f"{mean:.1f}"
         return f"{mean:.1f} ± {100 * mean_interval([v / 100 for v in values]).high - mean:.1f}"
 
