@@ -75,11 +75,25 @@ def test_the_backdoor_goes(digits: Scene, spec: str, least: float) -> None:
     assert accuracy >= least
 
 
-@pytest.mark.slow
-def test_seam_by_default_cleans_mnist_with_one_percent(data_root: Path) -> None:
+@pytest.fixture(scope="module")
+def mnist_rates(data_root: Path) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(accuracy, ASR) before and after SEAM's default with 1 % clean samples."""
     mnist = scene("mnist", "badnets(rate=0.1)", 60, data_root)
-    before, after = mnist.rates(mnist.model), mnist.cleaned("seam")
+    return mnist.rates(mnist.model), mnist.cleaned("seam")
+
+
+@pytest.mark.slow
+def test_seam_by_default_removes_the_backdoor_from_mnist(mnist_rates: tuple[tuple[float, float], ...]) -> None:
+    before, after = mnist_rates
     assert before[1] >= 0.99
     assert after[1] <= 0.08
-    # The aim is 0.015; with 120 held-out images the choice of strength sees no finer than this.
     assert before[0] - after[0] <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=False, reason="a mark that is missed: 2.3 points were lost on this draw, 0.4 to 2.3 on others"
+)
+def test_seam_by_default_loses_at_most_a_point_and_a_half(mnist_rates: tuple[tuple[float, float], ...]) -> None:
+    before, after = mnist_rates
+    assert before[0] - after[0] <= 0.015
