@@ -1,7 +1,7 @@
 """Which attacks the default method was developed on, and on which it is judged: fixed before the first trial.
 
-Settings may be chosen with a look at attack success on the victims of ``DEVELOPED_ON`` alone. What is said of the method
-is said of ``JUDGED_ON``, whose victims no trial saw.
+Settings may be chosen with a look at attack success on the victims of ``DEVELOPED_ON`` alone. What is said of the
+method is said of ``JUDGED_ON``, whose victims no trial saw.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ ON_TRANSFORMERS = {
     "fst",
     "ft",
     "ft_sam",
+    "inoculation",
     "mcr",
     "nad",
     "nft",
@@ -41,7 +42,7 @@ ON_TRANSFORMERS = {
     "tsbd",
     "ulrl",
 }
-ON_HEADS = {"fst", "ft", "ft_sam", "mcr", "sau", "seam", "sft", "ulrl"}
+ON_HEADS = {"fst", "ft", "ft_sam", "inoculation", "mcr", "sau", "seam", "sft", "ulrl"}
 
 
 def features(count: int = 24) -> Samples:

@@ -84,6 +84,7 @@ REGISTRY: dict[Kind, dict[str, str]] = {
         "ft_sam": "unbackdoor.defenses.ft_sam:FTSAM",
         "ibau": "unbackdoor.defenses.ibau:IBAU",
         "ims": "unbackdoor.defenses.ims:IMS",
+        "inoculation": "unbackdoor.defenses.inoculation:Inoculation",
         "mcr": "unbackdoor.defenses.mcr:MCR",
         "nad": "unbackdoor.defenses.nad:NAD",
         "nc": "unbackdoor.defenses.nc:NeuralCleanse",

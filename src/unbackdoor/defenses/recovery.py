@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,41 +11,71 @@ from torch.nn import functional as F
 from unbackdoor.training import Step
 from unbackdoor.types import PADDING, trimmed
 
+#: Of the outputs that are compared with the given network's.
+TEMPERATURE = 2.0
+
 
 class Recovery:
     """The recovery's objective: CE on true labels + weight · T² · KL(given network ‖ model), on the same clean batch.
 
-    With ``mix`` the batch is blended with itself in another order first, by a uniform weight an image: images and
-    features linearly, texts by :func:`joined`.
+    With ``mix`` the batch is :func:`blended` first.
     """
-
-    TEMPERATURE = 2.0
 
     def __init__(self, teacher: nn.Module, weight: float, mix: bool, generator: torch.Generator) -> None:
         self.teacher, self.weight, self.mix, self.generator = teacher, weight, mix, generator
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Step:
-        share, other = torch.ones(len(x), device=x.device), y
-        if self.mix:
-            order = torch.randperm(len(x), generator=self.generator).to(x.device)
-            share = torch.rand(len(x), generator=self.generator).to(x.device)
-            other = y[order]
-            if x.dtype == torch.int64:
-                x, share = joined(x, x[order], share)
-            else:
-                # lerp keeps the memory format, and with it the speed
-                x = torch.lerp(x[order], x, share.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
+        x, labels = blended(x, y, self.generator) if self.mix else (x, MixedLabels.pure(y))
         logits = model(x)
-        each = F.cross_entropy(logits.float(), y, reduction="none")
-        others = F.cross_entropy(logits.float(), other, reduction="none")
-        entropy = (share * each + (1 - share) * others).mean()
+        entropy = labels.entropy(logits.float())
         if not self.weight:
             return Step(entropy, logits, {"cross_entropy": entropy})
-        with torch.no_grad():
-            wanted = F.log_softmax(self.teacher(x).float() / self.TEMPERATURE, 1)
-        ours = F.log_softmax(logits.float() / self.TEMPERATURE, 1)
-        gap = F.kl_div(ours, wanted, log_target=True, reduction="batchmean") * self.TEMPERATURE**2
+        gap = divergence(logits.float(), softened(self.teacher, x))
         return Step(entropy + self.weight * gap, logits, {"cross_entropy": entropy, "distillation": gap})
+
+
+class MixedLabels(NamedTuple):
+    """What blended samples are: ``share`` (n,) in [0, 1] of class ``first`` (n,), the rest of class ``second`` (n,)."""
+
+    first: Tensor
+    second: Tensor
+    share: Tensor
+
+    @classmethod
+    def pure(cls, y: Tensor) -> MixedLabels:
+        return cls(y, y, torch.ones(len(y), device=y.device))
+
+    def entropy(self, logits: Tensor) -> Tensor:
+        """Mean cross-entropy of float logits (n, classes)."""
+        each = F.cross_entropy(logits, self.first, reduction="none")
+        others = F.cross_entropy(logits, self.second, reduction="none")
+        return (self.share * each + (1 - self.share) * others).mean()
+
+
+def blended(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, MixedLabels]:
+    """The batch blended with itself in another order, by a uniform weight a sample: images and features linearly
+    (mixup), texts by :func:`joined`.
+    """
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    share = torch.rand(len(x), generator=generator).to(x.device)
+    if x.dtype == torch.int64:
+        x, share = joined(x, x[order], share)
+    else:
+        # lerp keeps the memory format, and with it the speed
+        x = torch.lerp(x[order], x, share.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
+    return x, MixedLabels(y, y[order], share)
+
+
+def softened(teacher: nn.Module, x: Tensor) -> Tensor:
+    """Logarithms of the teacher's probabilities (n, classes) at temperature 2, without gradient."""
+    with torch.no_grad():
+        return F.log_softmax(teacher(x).float() / TEMPERATURE, 1)
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """T² · KL(wanted ‖ model) of float logits (n, classes) from what :func:`softened` gives, mean over the batch."""
+    said = F.log_softmax(logits / TEMPERATURE, 1)
+    return F.kl_div(said, wanted, log_target=True, reduction="batchmean") * TEMPERATURE**2
 
 
 def joined(first: Tensor, second: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
