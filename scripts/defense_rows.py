@@ -50,7 +50,7 @@ ROWS: dict[str, Row] = {
     "ft_sam": Row(spec="ft_sam(epochs=2)"),
     "ibau": Row(spec="ibau(rounds=1, inner_steps=2, outer_steps=2, solver_steps=2)"),
     "ims": Row(spec="ims(rounds=5, mend_rounds=5, perturb_steps=2, batch_size=8, selectivity=0.1)", idle=True),
-    "inoculation": Row(spec="inoculation(images=100)"),
+    "inoculation": Row(spec="inoculation(lrs=(0.001, 0.002), images=50)"),
     "mcr": Row(spec="mcr(curve_epochs=2, tune_epochs=2)"),
     "nad": Row(spec="nad(epochs=2, teacher_epochs=2)"),
     "nc": Row(spec="nc(rounds=2, round_steps=2, success=0, few_ratio=1, threshold=0.01, epochs=1)"),

@@ -18,6 +18,7 @@ from unbackdoor.defenses.inoculation import Inoculation, Unmoved, triggers_for
 from unbackdoor.defenses.random_triggers import ImageKind, RandomFeatures, RandomImageTriggers, RandomWords
 from unbackdoor.errors import ConfigError, UnsupportedModel
 from unbackdoor.rng import Rng
+from unbackdoor.training import Recipe, fit
 from unbackdoor.types import PADDING, Samples
 
 KINDS = get_args(ImageKind)
@@ -145,7 +146,7 @@ def test_the_loss_is_that_of_both_copies() -> None:
     given, student = convolutional(dropout=0.5).eval(), convolutional(dropout=0.5, seed=1)
     x, y = torch.rand(6, 3, 16, 16, generator=generator()), torch.arange(6) % 4
     stamped = (x + 0.1).clamp(0, 1)
-    settings = Inoculation(mix=False, distill=0.7, triggered=0.3)
+    settings = Inoculation(mix=False, labels=0.9, distill=0.7, triggered=0.3)
     student.train()
     step = Unmoved(settings, given, lambda _: stamped, generator())(student, x, y)
     assert student.training
@@ -158,7 +159,7 @@ def test_the_loss_is_that_of_both_copies() -> None:
     for batch in (x, stamped):
         entropy = -logs(student, batch, 1)[np.arange(6), y.numpy()].mean()
         gap = (np.exp(wanted) * (wanted - logs(student, batch, 2))).sum(1).mean() * 4
-        parts.append(entropy + 0.7 * gap)
+        parts.append(0.9 * entropy + 0.7 * gap)
     assert step.loss.item() == pytest.approx(parts[0] + 0.3 * parts[1], rel=1e-4)
     assert step.terms["clean"].item() == pytest.approx(parts[0], rel=1e-4)
     assert step.terms["triggered"].item() == pytest.approx(parts[1], rel=1e-4)
@@ -184,25 +185,24 @@ def test_sharpened_triggers_keep_what_misleads() -> None:
     assert torch.allclose(seen[-1][1].flatten(), torch.tensor([0.9, 0.5, 0.5, 0.1]))
 
 
-def test_weights_that_no_gradient_holds_shrink_as_stated() -> None:
-    model = convolutional()
-    idle = nn.Parameter(torch.ones(3))
-    model.register_parameter("idle", idle)
-    cleaned = Inoculation(images=400, shrink=0.5, step_cap=None)(model, samples(40, size=16), Rng(0)).model
-    # A parameter without any gradient is left alone by the optimiser; with a zero one it fades.
-    assert torch.equal(cleaned.get_parameter("idle"), idle)
+class Held(nn.Module):
+    """Its weight ``idle`` gets a gradient of zero."""
 
-    class Held(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.idle = convolutional(), nn.Parameter(torch.ones(3))
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.idle = convolutional(), nn.Parameter(torch.ones(3))
 
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.inner(x)
-            return out + 0 * self.idle.sum()
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out + 0 * self.idle.sum()
 
-    cleaned = Inoculation(images=400, shrink=0.5)(Held(), samples(40, size=16), Rng(0)).model
-    assert cleaned.get_parameter("idle").detach().numpy() == pytest.approx(np.exp(-0.5), rel=0.02)
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_weights_that_no_gradient_holds_shrink_as_stated(stages: int) -> None:
+    lrs = (1e-3, 2e-3)[:stages]
+    defense = Inoculation(lrs=lrs, images=400, shrink=0.5, tolerance=1.0, join=False)
+    cleaned = defense(Held(), samples(40, size=16), Rng(0)).model
+    assert cleaned.get_parameter("idle").detach().numpy() == pytest.approx(np.exp(-0.5 * stages), rel=0.03)
 
 
 def test_batch_statistics_stay_unless_train_mode() -> None:
@@ -217,9 +217,46 @@ def test_batch_statistics_stay_unless_train_mode() -> None:
     assert not same(statistics(live), statistics(given))
 
 
+def learned() -> tuple[nn.Module, Samples]:
+    """A network that knows its task."""
+    model, clean = convolutional(), samples(80, size=16)
+    fit(model, clean, Recipe(epochs=30, batch_size=20, optimizer="adam", lr=3e-3), Rng(0))
+    return model, clean
+
+
+def test_it_climbs_while_the_held_out_samples_allow() -> None:
+    """Of a stage that costs more than the tolerance nothing is kept but its place in the trace."""
+    model, clean = learned()
+    settings: dict[str, Any] = {"lrs": (1e-4, 2e-4, 30.0), "images": 400, "tolerance": 0.1, "step_cap": None}
+    trace = Inoculation(**settings, join=False)(model, clean, Rng(0)).trace
+    assert [p.name for p in trace.phases][:2] == ["inoculate, lr 0.0001", "inoculate, lr 0.0002"]
+    assert trace.values["learning rate reached"] == 2e-4
+    whole = Inoculation(**settings)(model, clean, Rng(0))
+    assert whole.trace.phases[-1].name == "inoculate, lr 0.0002, all samples"
+    assert whole.trace.phases[-1].epochs[0].images == 80
+    assert trace.phases[0].epochs[0].images == 64
+
+
+def test_a_learning_rate_that_breaks_the_network_is_lowered() -> None:
+    model, clean = learned()
+    found = Inoculation(lrs=(0.5, 1.0), images=400, step_cap=None, join=False)(model, clean, Rng(0)).trace
+    assert 0 < float(found.values["learning rate reached"]) < 0.5
+    assert found.notes[0] == "learning rate 0.5 broke the network: a quarter of it was tried"
+    hopeless = Inoculation(lrs=(1e6,), images=400, step_cap=None)(model, clean, Rng(0))
+    assert hopeless.trace.notes[-1] == "every learning rate broke the network: it is returned as it was given"
+    assert same(weights(hopeless.model), weights(model))
+
+
+def test_one_sample_a_class_is_one_stage() -> None:
+    few = samples(4, size=16)
+    trace = Inoculation(images=40)(convolutional(), few, Rng(0)).trace
+    assert len(trace.phases) == 1
+    assert trace.values["held-out samples"] == 0
+
+
 def test_the_trace_counts_both_copies() -> None:
-    trace = Inoculation(images=80)(convolutional(), samples(40, size=16), Rng(0)).trace
-    assert trace.images == 160
+    trace = Inoculation(lrs=(1e-3,), images=80, join=False)(convolutional(), samples(40, size=16), Rng(0)).trace
+    assert trace.images == 2 * sum(e.images for p in trace.phases for e in p.epochs)
     assert set(trace.phases[0].epochs[0].terms) == {"clean", "triggered"}
 
 
@@ -227,8 +264,8 @@ def test_texts_need_a_vocabulary() -> None:
     texts = Samples(torch.ones(4, 3, dtype=torch.int64), torch.arange(4) % 2, 2)
     with pytest.raises(UnsupportedModel, match="Linear has no table of embeddings"):
         triggers_for(nn.Linear(3, 2), texts, KINDS, generator())
-    assert Inoculation().suited(texts) == Inoculation(lr=1e-4, images=6000)
-    assert Inoculation(lr=1e-3).suited(texts) == Inoculation(lr=1e-3)
+    assert Inoculation().suited(texts).lrs == Inoculation.TEXTS["lrs"]
+    assert Inoculation(lrs=(1e-3,)).suited(texts) == Inoculation(lrs=(1e-3,))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +277,9 @@ def test_texts_need_a_vocabulary() -> None:
         ({"distill": float("inf")}, "distill"),
         ({"kinds": ()}, "kinds"),
         ({"kinds": ("patch", "sticker")}, "sticker"),
-        ({"lr": 0.0}, "lr"),
+        ({"lrs": ()}, "lrs"),
+        ({"lrs": (2e-3, 1e-3)}, "smallest first"),
+        ({"held_out": 1.0}, "held_out"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], named: str) -> None:
@@ -254,5 +293,5 @@ def test_it_removes_a_backdoor_that_fine_tuning_leaves() -> None:
     assert asr >= 0.95
     accuracy, asr = digits.rates(digits.removal("inoculation"))
     assert asr <= 0.1
-    assert accuracy >= before - 0.03
+    assert accuracy >= before - 0.04
     assert digits.rates(digits.removal("ft(epochs=60)"))[1] >= 0.9
