@@ -97,4 +97,5 @@ def describe(store: Store, subject: Subject) -> records.Subject:
         accuracy=card.accuracy if card else None,
         asr=card.asr if card else None,
         seconds=card.seconds if card else None,
+        poisoned=subject.attack is not None,
     )
