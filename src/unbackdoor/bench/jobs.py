@@ -137,8 +137,8 @@ class CellJob:
         per_class: clean samples of each class that the defense gets; :data:`ALL` are all that there are.
         share: the same as a share of the training set, where it was asked for so; no part of the key.
         seed: of the draw of clean samples, and of the defense.
-        min_asr: below this at planting, the attack did not take and the cell is skipped, as it is where the attack broke
-            its network; 0 skips nothing. No part of the key.
+        min_asr: below this at planting, the attack did not take and the cell is skipped, as it is where the attack
+            broke its network; 0 skips nothing. No part of the key.
     """
 
     subject: Subject

@@ -29,8 +29,8 @@ def reason_to_skip(about: Subject, job: CellJob, store: Store) -> str | None:
         return None
     beside = "" if clean is None else f", {clean:.1%} without the attack"
     return (
-        f"the attack broke the network: its accuracy is {about.accuracy:.1%}{beside}, and from {least:.1%} on a network "
-        f"of {about.num_classes} classes counts as one that works"
+        f"the attack broke the network: its accuracy is {about.accuracy:.1%}{beside}; from {least:.1%} on, a "
+        f"network of {about.num_classes} classes counts as one that works"
     )
 
 
