@@ -16,7 +16,7 @@ from unbackdoor.data.trojai_layouts import CLEAN_FOLDERS
 class Evil(nn.Module):
     """Unpickles as a call of ``os.system``."""
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> tuple[object, ...]:
         return (os.system, ("touch evil",))
 
 
