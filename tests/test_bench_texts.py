@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from cli_runs import run
-from text_networks import as_tsv, reviews, saved
+from text_networks import as_tsv, reviews, saved, trained
+from unbackdoor import specs
+from unbackdoor.attacks.victims import VictimCard, attack_fields, save_victim
 from unbackdoor.bench.given import models_in
 from unbackdoor.bench.records import CellRecord
 from unbackdoor.bench.store import Store
@@ -66,8 +69,6 @@ def test_a_text_classifier_is_cleaned_by_a_table(records: dict[str, CellRecord])
     ],
 )
 def test_what_does_not_fit_says_so(name: str, words: str, records: dict[str, CellRecord]) -> None:
-    import re
-
     assert re.search(words, records[name].reason or ""), records[name].reason
 
 
@@ -75,6 +76,27 @@ def test_images_are_no_samples_for_texts(place: Path, tmp_path: Path) -> None:
     options = ("--models", place / "models" / "good", "--data", "digits", *OPTIONS, "--out", tmp_path / "r")
     assert "cells: 1 failed" in run("bench", *options).stdout
     (record,) = Store(tmp_path / "r").records()
-    assert (
-        record.reason == "DataError: good is a classifier of texts, and digits holds none; a table of texts is needed"
+    told = "good is a classifier of texts, and digits holds none; a table of texts is needed"
+    assert record.reason == f"DataError: {told}"
+
+
+def test_a_text_victims_trigger_is_known(place: Path, tmp_path: Path) -> None:
+    card = VictimCard(
+        arch="transformers",
+        **attack_fields(specs.build("attack", "words")),
+        dataset="reviews",
+        num_classes=2,
+        kind="text",
+        image_shape=(48,),
+        seed=0,
+        accuracy=0.95,
+        asr=0.9,
+        seconds=1.0,
     )
+    save_victim(tmp_path / "models" / "victim", trained(), card)
+    run("bench", "--models", tmp_path / "models", "--data", place / "reviews.tsv", *OPTIONS, "--out", tmp_path / "r")
+    (record,) = Store(tmp_path / "r").records()
+    assert record.result is not None, record.reason
+    assert (record.subject.attack, record.subject.poisoned, record.subject.asr) == ("words", True, 0.9)
+    assert record.result.before.asr is not None
+    assert record.result.triggered == 30  # of the 60 that it is judged on, those of the other class
