@@ -168,3 +168,14 @@ def test_a_stray_checkpoint_among_them_says_what_it_lacks(folder: Path, tmp_path
     refused = run("bench", "--models", tmp_path / "alone", *OPTIONS, "--out", tmp_path / "r")
     assert refused.exit_code == 2
     assert "--models needs --data" in refused.stderr
+
+
+def test_of_a_poisoned_model_without_poisoned_examples_no_fidelity_is_claimed(folder: Path, tmp_path: Path) -> None:
+    """What it keeps of its accuracy is the fidelity of a clean model alone."""
+    place = tmp_path / "models" / "one"
+    shutil.copytree(folder / "cyber" / "models" / "id-00000001", place)
+    shutil.rmtree(place / "poisoned-example-data")
+    run("bench", "--models", tmp_path / "models", *OPTIONS, "--out", tmp_path / "r")
+    (record,) = Store(tmp_path / "r").records()
+    assert record.subject.poisoned is True
+    assert (done(record).before.asr, done(record).nist_fidelity) == (None, None)
