@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from unbackdoor import specs
-from victim_runs import markdown, part, plant_missing, read_records, show, took, victim_folder, works, write_records
+from unbackdoor.evaluation.checks import least_accuracy
+from victim_runs import markdown, part, plant_missing, read_records, show, took, victim_folder, write_records
 
 SETTING = "cifar10"
 
@@ -93,7 +94,7 @@ def table_row(card: dict[str, Any], clean: float | None) -> list[str]:
     lost = "–" if clean is None or attack is None else f"{100 * (clean - card['accuracy']):.1f}"
     rate = "–" if attack is None else f"{100 * settings.get('rate', specs.build('attack', attack).rate):g} %"
     remarks = [] if asr is None or took(asr) else ["**did not take**"]
-    if not works(card["accuracy"]):
+    if attack is not None and card["accuracy"] < least_accuracy(card["num_classes"], clean):
         remarks = ["**broke the network**"]
     if attack in REMARKS:
         remarks.append(REMARKS[attack])

@@ -2,182 +2,120 @@
 
     python benchmarks/trojai_sweep.py make --out runs/trojai --images 200 --texts 100 --vectors 20 \\
         --encoder FOLDER --data-root DATA                     # what is missing; an encoder of transformers, SST-2
-    python benchmarks/trojai_sweep.py clean --out runs/trojai # what is missing -> runs/trojai/records/*.json
+    python benchmarks/trojai_sweep.py clean --out runs/trojai # what is missing -> runs/trojai/results
     python benchmarks/trojai_sweep.py table --out runs/trojai # the records -> Markdown
     python benchmarks/trojai_sweep.py collect --out runs/trojai --write benchmarks/records/trojai.jsonl
 
-Each kind's number is shared out among its layouts; every second model is clean. Each model is cleaned by its folder
-alone, as ``unbackdoor clean id-00000007/`` does it, and judged on fresh samples that lie apart. ``clean`` also takes
-folders of others: their own examples then are what they are judged on, and the record says so. A folder that cannot be
-cleaned leaves a record with the reason, and the sweep goes on. ``--part I/N`` takes every N-th model, so that N
-single-threaded processes share the work; what was done is not done again.
+Each kind's number is shared out among its layouts; every second model is clean. ``clean`` is what ``unbackdoor bench
+--models runs/trojai --out runs/trojai/results`` does: each model is cleaned by its folder alone and judged on fresh
+samples that lie apart, or, in folders of others, on examples that are set aside; the record says which. A folder that
+cannot be cleaned leaves a record with the reason, and the sweep goes on. What was done is not done again, and several
+of these may work on one folder at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
 from unbackdoor import files
-from unbackdoor.api import clean
 from unbackdoor.attacks.trojai.generate import Generation, generate
 from unbackdoor.attacks.trojai.pictures import NETWORKS, PictureMaking
 from unbackdoor.attacks.trojai.sentences import SentenceMaking
-from unbackdoor.data.trojai import find_models, load_held_back, load_trojai
+from unbackdoor.bench.executors import in_process, processes
+from unbackdoor.bench.exports import lines_bytes
+from unbackdoor.bench.given import graph_of_models, models_in
+from unbackdoor.bench.reading import gather
+from unbackdoor.bench.records import CellRecord, Result
+from unbackdoor.bench.site import Site
+from unbackdoor.bench.sweep import Summary, sweep
 from unbackdoor.data.trojai_layouts import LAYOUTS
-from unbackdoor.evaluation.metrics import nist_fidelity
-from victim_runs import markdown, part
+from unbackdoor.evaluation.checks import ATTACK_TOOK
+from victim_runs import markdown
 
 METHODS = ("seam(preset=authors-trojai-image)", "ft")
 IMAGES = ("round1", "round2", "round3", "round4", "round11", "mitigation")
 TEXTS = ("round5", "round6")
+#: Below the sweep's folder.
+RESULTS = "results"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One model under one method: rates in [0, 1], or the problem that it ended in.
-
-    Attributes:
-        layout: in words; "" where it is not known.
-        poisoned: the ground truth, where it is known.
-        examples: clean ones that the method had.
-        judged: "held back", fresh samples; or "examples", the folder's own.
-        fidelity, fidelity_gap, nist_fidelity: None where they are undefined; NIST's of a clean model is the accuracy
-            that was kept.
-        seconds: of the method alone.
-    """
-
-    model: str
-    method: str
-    layout: str = ""
-    architecture: str = ""
-    poisoned: bool | None = None
-    num_classes: int | None = None
-    examples: int | None = None
-    judged: str = ""
-    accuracy: tuple[float, float] | None = None
-    asr: tuple[float, float] | None = None
-    fidelity: float | None = None
-    fidelity_gap: float | None = None
-    nist_fidelity: float | None = None
-    verdict: str = "failed"
-    seconds: float | None = None
-    problem: str = ""
-
-
-def clean_one(folder: Path, name: str, method: str, seed: int = 0) -> Record:
-    """Load, clean and judge one folder; what goes wrong becomes part of the record."""
-    blank = Record(model=name, method=method)
-    try:
-        model = load_trojai(folder)
-        held = load_held_back(model)
-        test, triggered = (None, model.truth.triggered) if held is None else held
-        known = replace(
-            blank,
-            layout=model.layout.told,
-            architecture=type(model.model.network).__name__,
-            poisoned=model.truth.poisoned,
-            num_classes=model.clean.num_classes,
-            examples=len(model.clean),
-            judged="examples" if held is None else "held back",
-        )
-        blank = known
-        report = clean(model.model, model.clean, method, seed=seed, test=test, triggered=triggered).report
-    except Exception as error:  # another's network may raise anything, and the sweep goes on
-        told = f"{type(error).__name__}: {error}".replace(str(folder), name)
-        return replace(blank, problem=told)
-    before, after, attack = report.before, report.after, report.attack
-    kept = nist_fidelity(before.accuracy.value, after.accuracy.value) if before.accuracy.value else None
-    rates = (before.asr.value, after.asr.value) if before.asr and after.asr else None
-    return replace(
-        known,
-        accuracy=(before.accuracy.value, after.accuracy.value),
-        asr=rates,
-        fidelity=attack.fidelity if attack else None,
-        fidelity_gap=attack.fidelity_gap if attack else None,
-        nist_fidelity=attack.nist_fidelity if attack else kept,
-        verdict=report.verdict,
-        seconds=report.cost.seconds,
-    )
-
-
-def sweep(out: Path, methods: Sequence[str], which: str, say: Callable[[str], None]) -> None:
+def clean(out: Path, methods: Sequence[str], *, workers: int = 1, seed: int = 0, retry_failed: bool = False) -> Summary:
     """Clean every model below ``out`` by every method, as far as there is no record."""
-    folders = [f for f in find_models(out) if "records" not in f.relative_to(out).parts]
-    for folder in part(folders, which):
-        name = folder.relative_to(out).as_posix()
-        for method in methods:
-            path = record_path(out, name, method)
-            if path.is_file():
-                continue
-            record = clean_one(folder, name, method)
-            files.write(path, (json.dumps(asdict(record), indent=1) + "\n").encode())
-            say(f"{name} {method}: {record.problem or record.verdict} {record.accuracy} {record.asr}")
+    graph = graph_of_models(models_in(out, None), methods, None, [seed], ATTACK_TOOK)
+    site = Site(store=str((out / RESULTS).resolve()), device="cpu", threads=1)
+    return sweep(graph, site, in_process if workers == 1 else processes(workers), retry_failed=retry_failed)
 
 
-def record_path(out: Path, name: str, method: str) -> Path:
-    """Where the record of a model under a method lies."""
-    safe = "".join(c if c.isalnum() or c in ".-" else "_" for c in method)
-    return out / "records" / f"{name.replace('/', '_')}-{safe}.json"
-
-
-def read(out: Path) -> list[Record]:
+def read(out: Path) -> list[CellRecord]:
     """The records of a sweep's folder, or of a file of lines."""
-    texts = (
-        out.read_text(encoding="utf-8").splitlines()
-        if out.is_file()
-        else [path.read_text(encoding="utf-8") for path in sorted((out / "records").glob("*.json"))]
-    )
-    return [_record(json.loads(text)) for text in texts]
+    return list(gather([out if out.is_file() else out / RESULTS]).records)
 
 
-def _record(content: dict[str, Any]) -> Record:
-    pairs = {key: tuple(content[key]) for key in ("accuracy", "asr") if content[key] is not None}
-    return Record(**{**content, **pairs})
+def without_places(record: CellRecord, out: Path) -> CellRecord:
+    """The record as it is committed: reasons name models, and not where they lay."""
+    if record.reason is None:
+        return record
+    reason = record.reason
+    for place in (str(out.resolve()), str(out)):
+        reason = reason.replace(f"{place}/", "")
+    return record.model_copy(update={"reason": reason})
 
 
-def table(records: Sequence[Record]) -> str:
-    """A row for each layout, truth and method: means over its models."""
+HEADS = (
+    *("layout", "models", "method", "cleaned", "ACC before", "after", "ASR before", "after"),
+    *("fidelity (SEAM)", "fidelity (NIST)", "seconds"),
+)
+
+
+def table(records: Sequence[CellRecord]) -> str:
+    """A row for each layout, truth and method: means over its models, seconds too.
+
+    Fidelities are of the poisoned models whose attack took, and of the clean ones.
+    """
     rows = []
     for (layout, poisoned, method), group in _grouped(records):
-        done = [r for r in group if r.accuracy is not None]
-        took = [r for r in done if r.asr is not None and r.asr[0] >= 0.8]
+        done = [r.result for r in group if r.result is not None]
+        took = [r for r in done if r.before.asr is not None and r.before.asr >= ATTACK_TOOK]
         rows.append(
             [
                 layout or "unreadable",
                 {True: "poisoned", False: "clean", None: "unknown"}[poisoned],
                 f"`{method}`",
                 f"{len(done)} of {len(group)}",
-                _mean([r.accuracy[0] for r in done if r.accuracy]),
-                _mean([r.accuracy[1] for r in done if r.accuracy]),
-                _mean([r.asr[0] for r in done if r.asr]),
-                _mean([r.asr[1] for r in done if r.asr]),
-                _mean([r.fidelity for r in took if r.fidelity is not None]),
-                _mean([r.nist_fidelity for r in (took if poisoned else done) if r.nist_fidelity is not None]),
-                f"{fmean([r.seconds for r in done if r.seconds is not None]):.1f}" if done else "",
+                _mean([r.before.accuracy for r in done]),
+                _mean([r.after.accuracy for r in done]),
+                _mean([r.before.asr for r in done]),
+                _mean([r.after.asr for r in done]),
+                _mean([r.fidelity for r in took]),
+                _mean([r.nist_fidelity for r in (took if poisoned else done)]),
+                _seconds(done),
             ]
         )
-    heads = ["layout", "models", "method", "cleaned", "ACC before", "after", "ASR before", "after"]
-    return markdown([*heads, "fidelity (SEAM)", "fidelity (NIST)", "seconds"], rows)
+    return markdown(HEADS, rows)
 
 
-def _grouped(records: Sequence[Record]) -> Iterator[tuple[tuple[str, bool | None, str], list[Record]]]:
+def _grouped(records: Sequence[CellRecord]) -> Iterator[tuple[tuple[str, bool | None, str], list[CellRecord]]]:
     order = {layout.told: index for index, layout in enumerate(LAYOUTS.values())}
-    keys = {(r.layout, r.poisoned, r.method) for r in records}
-    for key in sorted(keys, key=lambda k: (order.get(k[0], 99), str(k[1]), k[2])):
-        yield key, [r for r in records if (r.layout, r.poisoned, r.method) == key]
+    groups: dict[tuple[str, bool | None, str], list[CellRecord]] = {}
+    for record in records:
+        layout = (record.subject.dataset or "").removeprefix("TrojAI").removeprefix(", ")
+        groups.setdefault((layout, record.subject.poisoned, record.defense), []).append(record)
+    yield from sorted(groups.items(), key=lambda g: (order.get(g[0][0], 99), str(g[0][1]), g[0][2]))
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{100 * fmean(values):.1f}" if values else ""
+def _mean(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return f"{100 * fmean(known):.1f}" if known else ""
+
+
+def _seconds(done: Sequence[Result]) -> str:
+    return f"{fmean(r.seconds for r in done):.1f}" if done else ""
 
 
 def make(out: Path, arguments: argparse.Namespace) -> None:
@@ -221,7 +159,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--encoder", type=Path, help="a folder with an encoder of transformers, for texts")
     found.add_argument("--data-root", type=Path, default=os.environ.get("UNBACKDOOR_DATA"))
     found.add_argument("--methods", nargs="+", default=METHODS)
-    found.add_argument("--part", default="0/1")
+    found.add_argument("--workers", type=int, default=1, help="processes that clean, with one thread each")
+    found.add_argument("--retry-failed", action="store_true", help="run again what failed")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--write", type=Path, help="where collect writes its lines")
     return found
@@ -229,16 +168,25 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    torch.set_num_threads(1)
+    out: Path = arguments.out
     if arguments.step == "make":
-        make(arguments.out, arguments)
+        torch.set_num_threads(1)
+        make(out, arguments)
     elif arguments.step == "clean":
-        sweep(arguments.out, arguments.methods, arguments.part, lambda line: print(line, flush=True))
+        told = clean(
+            out,
+            arguments.methods,
+            workers=arguments.workers,
+            seed=arguments.seed,
+            retry_failed=arguments.retry_failed,
+        )
+        print(dict(told.counts), *told.failures, sep="\n")
     elif arguments.step == "table":
-        print(table(read(arguments.out)))
+        print(table(read(out)))
     else:
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in read(arguments.out))
-        files.write(arguments.write or Path(__file__).parent / "records" / "trojai.jsonl", lines.encode(), force=True)
+        found = sorted((without_places(r, out) for r in read(out)), key=lambda r: (r.subject.name, r.defense, r.seed))
+        target = arguments.write or Path(__file__).parent / "records" / "trojai.jsonl"
+        files.write(target, lines_bytes(found), force=True)
 
 
 if __name__ == "__main__":

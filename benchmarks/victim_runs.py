@@ -30,6 +30,7 @@ from unbackdoor.attacks.victims import (
     is_victim,
     load_attack,
     load_victim,
+    read_card,
     recipe_fields,
     save_victim,
 )
@@ -37,6 +38,7 @@ from unbackdoor.attacks.workshop import Workshop
 from unbackdoor.data.named import dataset_info, load_dataset
 from unbackdoor.errors import UnbackdoorError
 from unbackdoor.evaluation.assessment import assess
+from unbackdoor.evaluation.checks import ATTACK_TOOK, least_accuracy
 from unbackdoor.evaluation.metrics import der, mean_interval
 from unbackdoor.files import write
 from unbackdoor.models.architectures import build_network
@@ -201,12 +203,13 @@ class PeakMemory:
 
 def took(asr: float) -> bool:
     """Below 80 % an attack has not taken, and says nothing about a defense."""
-    return asr >= 0.8
+    return asr >= ATTACK_TOOK
 
 
-def works(accuracy: float) -> bool:
-    """A network that does not know its task obeys any trigger, and shows nothing by not obeying it."""
-    return accuracy >= 0.5
+def works(card: VictimCard, out: Path) -> bool:
+    """Whether the attack left a network that knows its task, by the benchmark's rule."""
+    clean = victim_folder(out, card.dataset, None)
+    return card.accuracy >= least_accuracy(card.num_classes, read_card(clean).accuracy if is_victim(clean) else None)
 
 
 def run_cells(
@@ -230,7 +233,7 @@ def run_cells(
         if card.asr is not None and not took(card.asr):
             print(f"{folder.name}: the attack did not take (ASR {card.asr:.1%}), no method is judged on it", flush=True)
             continue
-        if not works(card.accuracy):
+        if card.attack is not None and not works(card, out):
             print(
                 f"{folder.name}: the network does not work ({card.accuracy:.1%}), no method is judged on it", flush=True
             )

@@ -103,7 +103,14 @@ def test_a_row_of_trials_is_means_and_ranges() -> None:
 
 
 def test_a_row_of_attacks_flags_what_did_not_take_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = {"attack": "wanet", "settings": {"rate": 0.2}, "accuracy": 0.85, "asr": 0.79, "seconds": 700.4}
+    card = {
+        "attack": "wanet",
+        "settings": {"rate": 0.2},
+        "num_classes": 10,
+        "accuracy": 0.85,
+        "asr": 0.79,
+        "seconds": 700.4,
+    }
     monkeypatch.setattr(attack_table, "REMARKS", {"wanet": "too short"})
     row = attack_table.table_row(card, 0.87)
     assert row == ["`wanet`", "20 %", "85.0", "2.0", "79.0", "700", "**did not take**: too short"]

@@ -235,6 +235,51 @@ def test_an_attack_that_did_not_take_is_skipped_unless_asked_for(swept: tuple[Gr
     assert missing(strict, store).cells == ()  # a result that is there is kept
 
 
+def test_a_network_that_its_attack_broke_is_skipped(tmp_path: Path) -> None:
+    """Whichever is planted first, it is judged by what the network would be without the attack, where the plan says."""
+    made = graph(defenses=[QUICK], min_asr=0.8)  # two epochs: the trigger is learned, and hardly a digit
+    broken, sound = made.cells
+
+    def clean_one_last(fn: Any, items: Iterator[Any]) -> Iterator[Any]:
+        held: list[Any] = []
+        for job in items:
+            if job == sound.victim:
+                held.append(job)
+            elif job is not None:
+                yield job, fn(job)
+            elif held:
+                yield held[0], fn(held.pop())
+
+    work = site(tmp_path / "r")
+    assert sweep(made, work, clean_one_last).counts == {"skipped": 1, "done": 1}
+    store = Store(tmp_path / "r")
+    record, clean = store.record(broken.key), store.record(sound.key).subject.accuracy
+    assert clean is not None
+    assert record.subject.asr is not None
+    assert record.subject.asr > 0.8
+    told = f"its accuracy is {record.subject.accuracy:.1%}, {clean:.1%} without the attack; from"
+    assert (record.reason or "").startswith(f"the attack broke the network: {told} {0.05 + clean / 2:.1%} on")
+    assert missing(made, store).cells == ()
+    other = Graph(made.victims, tuple(replace(cell, min_asr=0.0) for cell in made.cells))
+    assert sweep(other, work, in_process).counts == {"done": 2}
+
+    alone = graph(attacks=["badnets(size=2)"], defenses=[QUICK], min_asr=0.8)
+    assert sweep(alone, site(tmp_path / "alone"), in_process).counts == {"skipped": 1}
+    reason = Store(tmp_path / "alone").record(broken.key).reason or ""
+    assert "without the attack" not in reason
+    assert "from 32.5% on, a network of 10 classes counts as one that works" in reason
+
+
+def test_a_cell_does_not_fail_for_want_of_the_clean_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_clean(site: Any, job: Any) -> Any:
+        is_clean = job in made.victims and job.attack is None
+        return cell_module.Outcome("failed", "no") if is_clean else cell_module.perform(site, job)
+
+    made = graph(defenses=[QUICK])
+    monkeypatch.setattr(sweeping, "perform", without_clean)
+    assert sweep(made, site(tmp_path / "r"), in_process).counts == {"done": 1, "failed": 1}
+
+
 def test_a_lost_worker_is_a_failure(swept: tuple[Graph, Store]) -> None:
     _, store = swept
     made = graph(attacks=[None], seeds=[8])

@@ -82,6 +82,22 @@ def test_clean_set_flags_name_what_is_missing():
     assert checks.missing_classes(samples([0, 1, 2], 3)) is None
 
 
+@pytest.mark.parametrize(
+    ("classes", "clean", "least"),
+    [
+        (10, None, 0.325),  # a quarter of the way from guessing to all
+        (2, None, 0.625),
+        (100, None, 0.2575),
+        (10, 0.9, 0.5),  # half of what the clean network gains
+        (2, 0.9, 0.7),
+        (100, 0.41, 0.21),
+        (10, 0.12, 0.325),  # a clean network that does not work either is no measure
+    ],
+)
+def test_an_attacked_network_works_from_an_accuracy_on(classes, clean, least):
+    assert checks.least_accuracy(classes, clean) == pytest.approx(least)
+
+
 def test_held_out_too_small():
     assert checks.held_out_too_small(Rate.of(0.9, 2000)) is None
     assert checks.held_out_too_small(Rate.of(0.9, 50)) is not None

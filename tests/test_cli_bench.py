@@ -117,7 +117,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path, misbehaving: None) ->
         (("--plan", "smok"), 1, "unknown plan 'smok'; did you mean 'smoke'"),
         (("--attack", "badnet"), 1, "unknown attack 'badnet'"),
         (("--normalize", "pm1"), 2, "--normalize is for --models"),
-        (("--models", "."), 2, "--models needs --data"),
+        (("--models", "."), 1, "holds no model"),
         (("--models", ".", "--data", "digits", "--attack", "badnets"), 2, "--attack would have no effect"),
         (("--models", ".", "--data", "digits", "--data", "mnist"), 2, "--models takes one --data"),
         (("--ray-address", "auto"), 2, "--ray-address is for --by ray"),

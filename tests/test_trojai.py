@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torchvision_ops  # noqa: F401 - before torchvision
 from cli_runs import listed, run
 from factories import same
 from trojai_roots import copied, models_of, root_of
+from trojai_spoilt import malicious, one_a_class, truncated, without_examples, wrong_count
 from unbackdoor import api
 from unbackdoor.attacks.trojai.generate import Generation
 from unbackdoor.data.trojai import TrojaiModel, find_models, load_held_back, load_trojai
@@ -165,40 +165,9 @@ def test_a_network_of_torchvision_is_read(tmp_path: Path) -> None:
 # --- folders that somebody spoilt ------------------------------------------------------------------------------------
 
 
-class Evil(nn.Module):
-    """Unpickles as a call of ``os.system``."""
-
-    def __reduce__(self) -> object:
-        return (os.system, ("touch evil",))
-
-
-def malicious(folder: Path) -> None:
-    torch.save(Evil(), folder / "model.pt")
-
-
-def truncated(folder: Path) -> None:
-    content = (folder / "model.pt").read_bytes()
-    (folder / "model.pt").write_bytes(content[: len(content) // 2])
-
-
-def without_examples(folder: Path) -> None:
-    shutil.rmtree(folder / "clean_example_data")
-
-
 def without_files(folder: Path) -> None:
     without_examples(folder)
     (folder / "clean_example_data").mkdir()
-
-
-def one_a_class(folder: Path) -> None:
-    for path in (folder / "clean_example_data").iterdir():
-        if not path.stem.endswith("_1"):
-            path.unlink()
-
-
-def wrong_count(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, "number_classes": 17}), encoding="utf-8")
 
 
 def foreign_label(folder: Path) -> None:
@@ -291,33 +260,3 @@ def test_a_wrong_generation_is_refused() -> None:
         Generation(layout="round99", count=1)
     with pytest.raises(ConfigError, match="an encoder of transformers is needed"):
         Generation(layout="round5", count=1)
-
-
-def test_the_sweep_goes_on_and_is_taken_up(tmp_path: Path) -> None:
-    import trojai_sweep
-
-    for name in ("cyber", "round4"):
-        shutil.copytree(root_of(name), tmp_path / name)
-    malicious(tmp_path / "round4" / "id-00000000")
-    truncated(tmp_path / "round4" / "id-00000001")
-    said: list[str] = []
-    trojai_sweep.sweep(tmp_path, [QUICK], "0/1", said.append)
-    records = trojai_sweep.read(tmp_path)
-    assert len(said) == len(records) == 4
-    problems = {r.model: r.problem for r in records}
-    assert problems["round4/id-00000000"].startswith("UnsafeCheckpoint: ")
-    assert problems["round4/id-00000001"].startswith("CheckpointError: ")
-    poisoned = next(r for r in records if r.model == "cyber/models/id-00000001")
-    assert poisoned.judged == "held back"
-    assert poisoned.accuracy is not None
-    assert poisoned.asr is not None
-    assert poisoned.asr[0] > 0.8
-    clean = next(r for r in records if r.model == "cyber/models/id-00000000")
-    assert clean.accuracy is not None
-    assert clean.nist_fidelity == pytest.approx(clean.accuracy[1] / clean.accuracy[0])
-    trojai_sweep.sweep(tmp_path, [QUICK], "0/1", said.append)
-    assert len(said) == 4
-    lines = trojai_sweep.table(records).splitlines()
-    assert len(lines) == 2 + 3
-    assert lines[-1].startswith("| unreadable | unknown |")
-    assert "| 0 of 2 |" in lines[-1]

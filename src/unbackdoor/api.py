@@ -26,7 +26,7 @@ from torch import nn
 from unbackdoor import __version__, files, specs
 from unbackdoor.errors import ConfigError, DataError
 from unbackdoor.evaluation import checks, metrics
-from unbackdoor.evaluation.assessment import Assessment, assess
+from unbackdoor.evaluation.assessment import HELD_OUT, Assessment, assess
 from unbackdoor.evaluation.canaries import CanaryTest, Planting, try_canaries
 from unbackdoor.evaluation.checks import Flag
 from unbackdoor.evaluation.verdict import judge
@@ -112,7 +112,7 @@ def clean(
     test: Samples | None = None,
     attack: Attack | None = None,
     triggered: Triggered | None = None,
-    held_out: float = 0.2,
+    held_out: float = HELD_OUT,
     canaries: bool | Sequence[str] = False,
     description: Mapping[str, str | None] | None = None,
     notes: Sequence[str] = (),

@@ -14,11 +14,12 @@ from torch import nn
 from unbackdoor import specs
 from unbackdoor.attacks.victims import save_victim
 from unbackdoor.attacks.workshop import Workshop
-from unbackdoor.bench.jobs import CellJob, VictimJob, spec_fields
+from unbackdoor.bench.jobs import ALL, CellJob, VictimJob, spec_fields
 from unbackdoor.bench.machine import Stopwatch, provenance
 from unbackdoor.bench.records import CellRecord, Result, Scores
 from unbackdoor.bench.records import Subject as Described
 from unbackdoor.bench.site import Site, evaluation_set, training_set
+from unbackdoor.bench.skipping import reason_to_skip
 from unbackdoor.bench.store import Store
 from unbackdoor.bench.subjects import Opened, describe, open_subject
 from unbackdoor.bench.victims import train_victim
@@ -119,14 +120,12 @@ def _plant(site: Site, store: Store, job: VictimJob) -> tuple[State, str]:
 
 def _run(site: Site, store: Store, job: CellJob) -> tuple[State, str]:
     device, opened = site.torch_device(), open_subject(site, job.subject)
-    asr = opened.about.asr
-    if asr is not None and asr < job.min_asr:
-        reason = (
-            f"the attack did not take: it succeeds on {asr:.1%} of the triggered test images, below {job.min_asr:.0%}"
-        )
+    reason = reason_to_skip(opened.about, job, store)
+    if reason is not None:
         store.save(_record(job, opened.about, device, status="skipped", reason=reason))
         return "skipped", reason
-    clean = opened.reserve.draw(job.per_class, Rng(job.seed).stream("bench", "clean"))
+    generator = Rng(job.seed).stream("bench", "clean")
+    clean = opened.reserve if job.per_class == ALL else opened.reserve.draw(job.per_class, generator)
     told: dict[str, Any]
     try:
         told = {"status": "done", **_cleaned(job, opened, clean, device)}
@@ -155,7 +154,7 @@ def _cleaned(job: CellJob, opened: Opened, clean: Samples, device: torch.device)
         after=_scores(after),
         count=after.count,
         triggered=None if after.asr is None else after.asr.count,
-        **_ratings(opened.before, after),
+        **_ratings(opened.before, after, poisoned=opened.about.poisoned),
         seconds=seconds,
         images=removal.trace.images,
         peak_memory_mib=peak,
@@ -173,10 +172,11 @@ def _scores(found: Assessment) -> Scores:
     )
 
 
-def _ratings(before: Assessment, after: Assessment) -> dict[str, float | None]:
+def _ratings(before: Assessment, after: Assessment, *, poisoned: bool | None) -> dict[str, float | None]:
     kept = before.accuracy.value, after.accuracy.value
     if before.asr is None or after.asr is None:
-        return {"nist_fidelity": _known(metrics.nist_fidelity(*kept))}
+        # What a clean model keeps is its fidelity; of one that may hold a backdoor nothing was seen.
+        return {"nist_fidelity": _known(metrics.nist_fidelity(*kept))} if poisoned is False else {}
     attacked = before.asr.value, after.asr.value
     return {
         "der": metrics.der(kept[0], attacked[0], kept[1], attacked[1]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
@@ -26,6 +26,8 @@ from unbackdoor.training import Recipe
 VICTIM_VERSION = 1
 #: Raised by one when cells draw their clean samples, or measure, in another way.
 PROTOCOL_VERSION = 1
+#: The budget of a network that brings its own clean samples: all of them, but for those that it is judged on.
+ALL = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,11 @@ class VictimJob:
             }
         )
 
+    @cached_property
+    def untouched(self) -> VictimJob | None:
+        """The same network, trained alike without the attack; None where there is no attack."""
+        return None if self.attack is None else replace(self, attack=None)
+
     @property
     def name(self) -> str:
         """To show: ``digits-badnets-rate0.1``."""
@@ -80,10 +87,13 @@ class GivenModel:
     """A network that somebody gave.
 
     Attributes:
-        path: of the checkpoint, or of a victim's folder.
+        path: of the checkpoint, or of the folder of a victim, of a TrojAI model or of a text classifier.
         name: to show, and to tell two copies of one file apart.
         sha256: of the checkpoint's content; None where it cannot be read.
-        data: labelled images, as :func:`unbackdoor.data.loading.load_samples` takes them.
+        data: labelled images or texts, as :func:`unbackdoor.data.loading.load_samples` and
+            :func:`unbackdoor.data.texts.load_texts` take them; None where the model brings its own, or none are stated.
+        beside: the SHA-256 of what belongs to the model beside the checkpoint: a TrojAI folder's examples and settings,
+            a tokenizer; None where there is nothing, or it cannot be read.
         arch: the network's spec, where the file does not tell.
         normalize: its input format; None finds it on the clean samples.
     """
@@ -91,9 +101,10 @@ class GivenModel:
     path: str
     name: str
     sha256: str | None
-    data: str
+    data: str | None
     arch: str | None = None
     normalize: str | None = None
+    beside: str | None = None
 
     @property
     def key(self) -> str:
@@ -103,13 +114,14 @@ class GivenModel:
     @property
     def identity(self) -> JsonValue:
         """What the key of a cell takes it by: not by its place, so that the folder may move."""
-        return {
+        told: dict[str, JsonValue] = {
             "model": self.key,
             "name": self.name,
             "data": self.data,
             "arch": self.arch,
             "normalize": self.normalize,
         }
+        return told if self.beside is None else {**told, "beside": self.beside}
 
 
 Subject: TypeAlias = VictimJob | GivenModel
@@ -122,10 +134,11 @@ class CellJob:
     Attributes:
         subject: the network to clean.
         defense: its spec.
-        per_class: clean samples of each class that the defense gets.
+        per_class: clean samples of each class that the defense gets; :data:`ALL` are all that there are.
         share: the same as a share of the training set, where it was asked for so; no part of the key.
         seed: of the draw of clean samples, and of the defense.
-        min_asr: below this at planting, the attack did not take and the cell is skipped; no part of the key.
+        min_asr: below this at planting, the attack did not take and the cell is skipped, as it is where the attack
+            broke its network; 0 skips nothing. No part of the key.
     """
 
     subject: Subject
@@ -157,7 +170,8 @@ class CellJob:
     @property
     def name(self) -> str:
         """To show: ``digits-badnets-rate0.1 seam 10/class seed 0``."""
-        return f"{self.subject.name} {self.defense} {self.per_class}/class seed {self.seed}"
+        budget = "all" if self.per_class == ALL else f"{self.per_class}/class"
+        return f"{self.subject.name} {self.defense} {budget} seed {self.seed}"
 
 
 def spec_fields(kind: specs.Kind, text: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Subject(_Part):
         accuracy: at planting, on the whole test set, in [0, 1].
         asr: attack success rate at planting, in [0, 1].
         seconds: that planting took.
+        poisoned: whether it has a backdoor, where that is known for sure; no defense is told.
     """
 
     key: str
@@ -60,6 +61,7 @@ class Subject(_Part):
     accuracy: float | None = None
     asr: float | None = None
     seconds: float | None = None
+    poisoned: bool | None = None
 
     @property
     def attack_name(self) -> str | None:
@@ -123,7 +125,7 @@ class CellRecord(_Part):
         key: of the cell's resolved fields; the same cell has the same key everywhere.
         defense: its spec, as short as it can be said.
         fields: its resolved fields.
-        per_class: clean samples of each class that the defense was promised.
+        per_class: clean samples of each class that the defense was promised; 0 means all that there were.
         share: the same as a share of the training set in [0, 1], where the plan said it so.
         clean_samples: how many the defense got; None where it never ran.
         result: there if and only if ``status`` is "done".

@@ -34,6 +34,11 @@ _ASSESSMENT = TypeAdapter(Assessment)
 LEFT_BEHIND = 3600.0
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds the results of a benchmark."""
+    return (folder / _MARK).is_file()
+
+
 class Store:
     """The results in a folder.
 

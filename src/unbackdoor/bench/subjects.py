@@ -10,8 +10,8 @@ from torch import nn
 from unbackdoor import specs
 from unbackdoor.attacks.victims import VictimCard, load_attack, load_victim, read_card
 from unbackdoor.bench import records
-from unbackdoor.bench.given import load_given, name_given
 from unbackdoor.bench.jobs import PROTOCOL_VERSION, GivenModel, Subject, VictimJob, spec_fields
+from unbackdoor.bench.opening import load_given, name_given
 from unbackdoor.bench.site import Site, evaluation_halves
 from unbackdoor.bench.store import Store
 from unbackdoor.evaluation.assessment import Assessment, assess, stamped_by
@@ -50,6 +50,7 @@ def open_subject(site: Site, subject: Subject) -> Opened:
     """
     store, device = site.open(), site.torch_device()
     notes: tuple[str, ...] = ()
+    triggered: Triggered | None = None
     if isinstance(subject, VictimJob):
         folder = store.victim(subject.key)
         model, _ = load_victim(folder, arch=subject.arch)
@@ -58,10 +59,12 @@ def open_subject(site: Site, subject: Subject) -> Opened:
         about = describe(store, subject)
     else:
         given = load_given(site, subject)
-        model, attack, reserve, judged = given.model, given.attack, given.reserve, given.judged
-        about, notes = given.about, given.notes
+        model, attack, about, notes = given.model, given.attack, given.about, given.notes
+        reserve, judged = given.reserve.to(device), given.judged.to(device)
+        triggered = None if given.triggered is None else given.triggered.to(device)
     model = model.to(device)
-    triggered = None if attack is None else stamped_by(attack, judged)
+    if attack is not None:
+        triggered = stamped_by(attack, judged)
     before = _before(store, subject, model, judged, triggered)
     return Opened(model, reserve, judged, triggered, before, about, notes)
 
@@ -97,4 +100,5 @@ def describe(store: Store, subject: Subject) -> records.Subject:
         accuracy=card.accuracy if card else None,
         asr=card.asr if card else None,
         seconds=card.seconds if card else None,
+        poisoned=subject.attack is not None,
     )

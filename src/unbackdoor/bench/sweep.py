@@ -15,8 +15,8 @@ from unbackdoor.bench.cell import Job, Outcome, perform, unfinished
 from unbackdoor.bench.executors import Executor, Lost
 from unbackdoor.bench.jobs import CellJob, VictimJob
 from unbackdoor.bench.plan import Graph
-from unbackdoor.bench.records import CellRecord
 from unbackdoor.bench.site import Site
+from unbackdoor.bench.skipping import reason_to_skip
 from unbackdoor.bench.store import Store
 
 #: Seconds after which work that another process is at is asked for again.
@@ -31,7 +31,7 @@ class Missing:
         victims: to plant.
         cells: to run.
         stale: keys of records that go before that: failures that are to be tried again, and cells that were skipped for
-            an attack that counts now.
+            an attack, or a network, that counts now.
     """
 
     victims: tuple[VictimJob, ...]
@@ -56,7 +56,7 @@ def missing(graph: Graph, store: Store | None, *, retry_failed: bool = False) ->
     there = set() if store is None else store.keys()
     stale = set()
     for cell in graph.cells:
-        if store is not None and cell.key in there and _outdated(store.record(cell.key), cell, retry_failed):
+        if store is not None and cell.key in there and _outdated(store, cell, retry_failed):
             stale.add(cell.key)
     cells = tuple(c for c in graph.cells if c.key not in there or c.key in stale)
     needed = {c.victim.key for c in cells if c.victim is not None}
@@ -64,11 +64,11 @@ def missing(graph: Graph, store: Store | None, *, retry_failed: bool = False) ->
     return Missing(tuple(victims), cells, frozenset(stale))
 
 
-def _outdated(record: CellRecord, cell: CellJob, retry_failed: bool) -> bool:
+def _outdated(store: Store, cell: CellJob, retry_failed: bool) -> bool:
+    record = store.record(cell.key)
     if record.status == "failed":
         return retry_failed
-    asr = record.subject.asr
-    return record.status == "skipped" and asr is not None and asr >= cell.min_asr
+    return record.status == "skipped" and reason_to_skip(record.subject, cell, store) is None
 
 
 def sweep(graph: Graph, site: Site, executor: Executor, *, retry_failed: bool = False) -> Summary:
@@ -111,16 +111,33 @@ def _summary(graph: Graph, store: Store) -> Summary:
     return summary
 
 
+def _awaited(cell: CellJob) -> Iterator[VictimJob]:
+    if cell.victim is not None:
+        yield cell.victim
+        if cell.victim.untouched is not None:
+            yield cell.victim.untouched
+
+
 class _Agenda:
-    """What can be worked on now: victims first, then the cells whose victim is there."""
+    """What can be worked on now: victims first, then the cells whose victim is there.
+
+    A cell also waits for the network that its victim would be without the attack, where that is to be planted: whether
+    the attack broke the network is then judged by it, whoever is faster.
+    """
 
     def __init__(self, left: Missing, store: Store) -> None:
         self._store = store
         self._ready: deque[Job] = deque(left.victims)
         self._waiting: dict[str, list[CellJob]] = {v.key: [] for v in left.victims}
+        self._needs: dict[str, int] = {}  # a waiting cell -> how many networks it waits for
         for cell in left.cells:
-            needed = None if cell.victim is None else self._waiting.get(cell.victim.key)
-            (self._ready if needed is None else needed).append(cell)
+            needed = [v.key for v in _awaited(cell) if v.key in self._waiting]
+            for key in needed:
+                self._waiting[key].append(cell)
+            if needed:
+                self._needs[cell.key] = len(needed)
+            else:
+                self._ready.append(cell)
         self._elsewhere: deque[tuple[float, Job]] = deque()  # (when to ask again, what somebody else is at)
         self._flying = 0
 
@@ -149,15 +166,22 @@ class _Agenda:
             if lost:
                 self._give_up(job, outcome.note, site)
         else:
-            cells = self._waiting.pop(job.key)
-            if outcome.state != "failed":
-                self._ready.extend(cells)
-            else:
-                reason = f"the victim could not be planted: {outcome.note}"
-                for cell in cells:
-                    self._give_up(cell, reason, site)
-                    yield cell, Outcome("failed", reason)
+            reason = f"the victim could not be planted: {outcome.note}"
+            for cell in self._waiting.pop(job.key):
+                if outcome.state == "failed" and cell.victim == job:
+                    if self._needs.pop(cell.key, 0):
+                        self._give_up(cell, reason, site)
+                        yield cell, Outcome("failed", reason)
+                elif self._has_all(cell):
+                    self._ready.append(cell)
         yield job, outcome
+
+    def _has_all(self, cell: CellJob) -> bool:
+        """Take note that one of the networks that a cell waits for is there, or never will be."""
+        left = self._needs.pop(cell.key, 0) - 1  # 0 - 1 of one that was given up
+        if left > 0:
+            self._needs[cell.key] = left
+        return left == 0
 
     def _give_up(self, cell: CellJob, reason: str, site: Site) -> None:
         self._store.save(unfinished(self._store, cell, "failed", reason, site.torch_device()))

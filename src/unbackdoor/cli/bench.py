@@ -51,8 +51,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A data set, by default digits. Repeat it. With --models: the labelled images to clean and to judge "
-            "with, as for clean --samples.",
+            help="A data set, by default digits. Repeat it. With --models: the labelled images or texts to clean and "
+            "to judge with, as for clean --samples; TrojAI models bring theirs.",
             rich_help_panel=_PLAN,
         ),
     ] = None,
@@ -62,7 +62,12 @@ def bench(
     ] = None,
     per_class: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", min=1, help="Clean samples of each class. Repeat it.", rich_help_panel=_PLAN),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Clean samples of each class; by default 10, and all that a TrojAI model brings. Repeat it.",
+            rich_help_panel=_PLAN,
+        ),
     ] = None,
     share: Annotated[
         list[float] | None,
@@ -85,7 +90,7 @@ def bench(
             metavar="X",
             min=0,
             max=1,
-            help="Skip victims whose attack succeeds less often; by default 0.8. 0 cleans all.",
+            help="Skip victims whose attack succeeds less often, or broke the network; by default 0.8. 0 cleans all.",
             rich_help_panel=_PLAN,
         ),
     ] = None,
@@ -93,8 +98,8 @@ def bench(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Clean every model below this folder, instead of planting: checkpoints and victims' folders. A model "
-            "that cannot be read gets a record that says so.",
+            help="Clean every model below this folder, instead of planting: checkpoints, and folders of victims, of "
+            "TrojAI models and of text classifiers. A model that cannot be read gets a record that says so.",
             rich_help_panel=_MODELS,
         ),
     ] = None,
@@ -232,7 +237,7 @@ def _tell_plan(terminal: Terminal, graph: Graph, left: Missing) -> None:
 
     def place(subject: Any) -> Counter[str]:
         dataset = subject.dataset if isinstance(subject, VictimJob) else subject.data
-        return counts.setdefault((dataset, subject.arch or "as the file says"), Counter())
+        return counts.setdefault((dataset or "their own examples", subject.arch or "as the file says"), Counter())
 
     for victim in graph.victims:
         place(victim)["victims"] += 1

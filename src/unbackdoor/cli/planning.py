@@ -62,7 +62,7 @@ def _plan_of(stated: dict[str, Any]) -> Plan:
 
 
 def graph_of_folder(folder: Path, stated: dict[str, Any], normalize: str | None) -> Graph:
-    from unbackdoor.bench.given import graph_of_models, models_in
+    from unbackdoor.bench.given import brings_samples, graph_of_models, models_in
     from unbackdoor.bench.plan import DEFENSES
     from unbackdoor.evaluation.checks import ATTACK_TOOK
 
@@ -71,12 +71,15 @@ def graph_of_folder(folder: Path, stated: dict[str, Any], normalize: str | None)
     for name, most in (("data", 1), ("arch", 1)):
         if len(stated[name] or ()) > most:
             raise typer.BadParameter(f"--models takes one --{name}")
-    if not stated["data"]:
-        raise typer.BadParameter("--models needs --data: labelled images to clean and to judge with")
-    found = models_in(folder, stated["data"][0], arch=(stated["arch"] or [None])[0], normalize=normalize)
+    data = (stated["data"] or [None])[0]
+    found = models_in(folder, data, arch=(stated["arch"] or [None])[0], normalize=normalize)
+    if data is None and not any(brings_samples(model) for model in found):
+        raise typer.BadParameter(
+            f"--models needs --data, labelled samples to clean and to judge with: nothing in {folder} brings its own"
+        )
     least = ATTACK_TOOK if stated["min_asr"] is None else stated["min_asr"]
     seeds = range(stated["seeds"] or 1)
-    return graph_of_models(found, stated["defense"] or DEFENSES, stated["per_class"] or [10], seeds, least)
+    return graph_of_models(found, stated["defense"] or DEFENSES, stated["per_class"], seeds, least)
 
 
 def train_sizes(terminal: Terminal, root: Path | None, *, download: bool, dry_run: bool) -> TrainSize:

@@ -30,10 +30,12 @@ from unbackdoor.data.trojai_examples import (
 )
 from unbackdoor.data.trojai_layouts import (
     CLEAN_FOLDERS,
+    EMBEDDINGS,
     HELD_BACK,
     MODEL,
     POISONED_FOLDERS,
     SCALE,
+    TOKENIZERS,
     TRUTH,
     Layout,
     find_models,
@@ -55,9 +57,11 @@ __all__ = [
     "GroundTruth",
     "TrojaiModel",
     "find_models",
+    "held_back_folder",
     "is_trojai_folder",
     "load_held_back",
     "load_trojai",
+    "stated_truth",
 ]
 
 #: Precomputed embeddings of the examples, where a folder comes without its round's encoder.
@@ -191,7 +195,7 @@ def _count_outputs(model: nn.Module, inputs: Tensor, folder: Path) -> int:
 
 def _truth(root: Path, reader: _Reader, config: Mapping[str, Any], outputs: int) -> tuple[GroundTruth, list[str]]:
     triggered, notes = _triggered(root, reader, config, outputs, f"poisoned examples of {root.resolve().name}")
-    return GroundTruth(_stated_truth(root), triggered), notes
+    return GroundTruth(stated_truth(root), triggered), notes
 
 
 def _triggered(
@@ -219,9 +223,8 @@ def load_held_back(model: TrojaiModel) -> tuple[Samples, Triggered | None] | Non
     Raises:
         DataError: they are damaged.
     """
-    kept = _beside(model.folder, HELD_BACK)
-    place = None if kept is None else kept / model.folder.resolve().name
-    if place is None or not (place / CLEAN_FOLDERS[0]).is_dir():
+    place = held_back_folder(model.folder)
+    if place is None:
         return None
     config, classes = read_config(model.folder), model.clean.num_classes
     reader, examples = _reader(model.folder, model.layout, config), clean_examples(place / CLEAN_FOLDERS[0])
@@ -230,8 +233,19 @@ def load_held_back(model: TrojaiModel) -> tuple[Samples, Triggered | None] | Non
     return clean, _triggered(place, reader, config, classes, name)[0]
 
 
-def _stated_truth(root: Path) -> bool | None:
-    """Raises DataError where ``ground_truth.csv`` holds something else than 0 or 1."""
+def held_back_folder(folder: Path) -> Path | None:
+    """Where the fresh samples of a model lie, laid out like examples; None where there are none."""
+    kept = _beside(folder, HELD_BACK)
+    place = None if kept is None else kept / folder.resolve().name
+    return place if place is not None and (place / CLEAN_FOLDERS[0]).is_dir() else None
+
+
+def stated_truth(root: Path) -> bool | None:
+    """Whether a model has a backdoor, by ``ground_truth.csv``; None without it. For evaluation alone.
+
+    Raises:
+        DataError: the file holds something else than 0 or 1.
+    """
     path = root / TRUTH
     if not path.is_file():
         return None
@@ -351,7 +365,7 @@ def _embedding(root: Path, config: Mapping[str, Any]) -> FrozenEmbedding | None:
     file = f"{name}-{flavor}.pt"
     if Path(file).name != file:
         raise DataError(f"{root}: its settings name the embedding {file!r}, which is no plain file name")
-    encoders, tokenizers = _beside(root, "embeddings"), _beside(root, "tokenizers")
+    encoders, tokenizers = _beside(root, EMBEDDINGS), _beside(root, TOKENIZERS)
     if encoders is None or tokenizers is None or not (encoders / file).is_file():
         return None
     first = setting(config, "cls_token_is_first")

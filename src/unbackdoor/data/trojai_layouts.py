@@ -27,6 +27,11 @@ POISONED_FOLDERS = ("poisoned-example-data", "poisoned_example_data")
 #: Where a root that was made here keeps fresh samples of each model, to judge by.
 HELD_BACK = "held-back"
 
+#: Folders of a round's root that all of its models share.
+EMBEDDINGS, TOKENIZERS = "embeddings", "tokenizers"
+#: Folders in a root that hold no models.
+COMPANIONS = (EMBEDDINGS, TOKENIZERS, HELD_BACK)
+
 _SUFFIXES: dict[str, InputKind] = {".png": "image", ".jpg": "image", ".txt": "text", ".npy": "features"}
 
 Name = Literal["round1", "round2", "round3", "round4", "round5", "round6", "round11", "mitigation", "cyber"]

@@ -15,6 +15,9 @@ from unbackdoor.evaluation.metrics import Interval, wilson_interval
 from unbackdoor.inference import predict
 from unbackdoor.types import Attack, Samples, TextAttack, Triggered
 
+#: The share of labelled samples that is set aside to measure on, where there is no test set.
+HELD_OUT = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:

@@ -18,6 +18,10 @@ from unbackdoor.types import Samples
 
 #: Below this ASR before the removal, there was no working backdoor to remove.
 ATTACK_TOOK = 0.8
+#: A network works that gains over guessing at least this share of what a network without a backdoor gains; half of it.
+GAIN_OF_CLEAN = 0.5
+#: Where no such network is at hand: of all that can be gained. Lower, for a hard task is no sign of a broken network.
+GAIN_OF_ALL = 0.25
 #: A 95% interval wider than this (in accuracy) tells too little.
 WIDEST_INTERVAL = 0.10
 #: A model is destroyed when its accuracy is surely below this share of what it was.
@@ -118,6 +122,23 @@ def attack_did_not_take(before: Rate) -> Flag | None:
         f"the attack succeeded on {before.value:.1%} of {before.count} triggered samples before the removal; "
         f"a working backdoor has at least {ATTACK_TOOK:.0%}",
     )
+
+
+def least_accuracy(num_classes: int, clean: float | None = None) -> float:
+    """The accuracy in [0, 1] from which on an attacked network counts as one that works.
+
+    A network that does not know its task obeys any trigger, and shows nothing by not obeying it afterwards; nor can a
+    removal keep what was never there. So an attack that broke its network says as little about a defense as one that
+    did not take. What counts is the gain over guessing, 1 / classes, so that one rule does for two classes and for a
+    hundred.
+
+    Args:
+        clean: the accuracy of the same network, trained alike without the attack, where that is known. One that does
+            not work itself is no measure.
+    """
+    guessing = 1 / num_classes
+    alone = guessing + GAIN_OF_ALL * (1 - guessing)
+    return alone if clean is None or clean < alone else guessing + GAIN_OF_CLEAN * (clean - guessing)
 
 
 def accuracy_at_chance(found: Assessment) -> Flag | None:

@@ -56,7 +56,7 @@ def content(board: Board) -> dict[str, Any]:
 
 def _arena(board: Board, arena: Arena) -> dict[str, Any]:
     share = f"{w.share(arena.share)} clean samples" if arena.share is not None else ""
-    each = f"{arena.per_class:,} clean samples a class"
+    each = w.each_class(arena.per_class)
     return {
         "place": w.place(arena.dataset, arena.arch),
         "budget": f"{share}, {arena.per_class:,} a class" if share else each,

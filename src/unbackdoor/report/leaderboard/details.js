@@ -43,7 +43,7 @@ function facts(row) {
     rate("attack success", row.estimates.asr),
     rate("robust accuracy", row.estimates.ra),
     row.baseline ? null : ["runs", `${row.done} of ${row.runs} measured${row.networks > 1 ? `, on ${row.networks} networks` : ""}`],
-    row.clean_samples === null ? null : ["clean samples", `${count(row.clean_samples)} (${row.per_class} a class)`],
+    row.clean_samples === null ? null : ["clean samples", row.per_class === 0 ? `${count(row.clean_samples)} (all there are)` : `${count(row.clean_samples)} (${row.per_class} a class)`],
     row.estimates.seconds ? ["seconds", seconds(row.estimates.seconds)] : null,
     row.images === null ? null : ["images in training", count(row.images)],
     row.peak_memory_mib === null ? null : ["peak memory", `${count(row.peak_memory_mib)} MiB`],

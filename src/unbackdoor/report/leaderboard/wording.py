@@ -6,6 +6,7 @@ from decimal import ROUND_HALF_UP, Decimal
 
 from unbackdoor import specs
 from unbackdoor.bench.intervals import Estimate
+from unbackdoor.bench.jobs import ALL
 from unbackdoor.bench.standings import Arena, Row, Victim
 from unbackdoor.errors import ConfigError
 
@@ -13,6 +14,7 @@ NOTHING = "–"
 NO_DEFENSE = "no defense"
 CLEAN = "clean network"
 UNKNOWN = "unknown"
+ALL_THERE_ARE = "all there are"
 
 
 def clean(text: str) -> str:
@@ -85,12 +87,19 @@ def budget(per_class: int | None, part: float | None) -> str:
     """As the plan said it: "1%", or "10 a class"."""
     if per_class is None:
         return NOTHING
+    if per_class == ALL:
+        return ALL_THERE_ARE
     return f"{per_class:,} a class" if part is None else share(part)
+
+
+def each_class(per_class: int) -> str:
+    """ "50 clean samples a class"."""
+    return "all clean samples there are" if per_class == ALL else f"{per_class:,} clean samples a class"
 
 
 def arena(where: Arena) -> str:
     """ "cifar10 · preact_resnet18, 1% clean samples (50 a class)"."""
-    each = f"{where.per_class:,} clean samples a class"
+    each = each_class(where.per_class)
     if where.share is not None:
         each = f"{share(where.share)} clean samples ({where.per_class:,} a class)"
     return f"{place(where.dataset, where.arch)}, {each}"
