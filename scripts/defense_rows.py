@@ -38,6 +38,7 @@ WITHOUT_BATCHNORM = frozenset({"no BatchNorm", "vision transformer", "one image 
 
 ROWS: dict[str, Row] = {
     "anp": Row(spec="anp(iterations=6, lr=20, max_loss=0.99)"),
+    "auto": Row(spec="auto(candidates=(ft,), planting=40)"),
     "ban": Row(spec="ban(epochs=2, images=0)"),
     "bnp": Row(spec="bnp(max_loss=0.9)", idle=True, seedless=True, unsupported=WITHOUT_BATCHNORM),
     "bti_dbf": Row(spec="bti_dbf(rounds=2, mask_steps=2, generator_steps=2, unlearn_steps=2, width=4)"),

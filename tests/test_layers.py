@@ -20,6 +20,7 @@ LAYERS = (
     ("training",),
     ("attacks", "defenses", "analysis"),
     ("evaluation",),
+    ("automatic",),
     ("bench",),
     ("report",),
     ("api", "forgetting", ""),  # "" is unbackdoor/__init__.py, which re-exports the public names

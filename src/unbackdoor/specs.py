@@ -72,6 +72,7 @@ REGISTRY: dict[Kind, dict[str, str]] = {
     },
     "defense": {
         "anp": "unbackdoor.defenses.anp:ANP",
+        "auto": "unbackdoor.automatic:Auto",
         "ban": "unbackdoor.defenses.ban:BAN",
         "bnp": "unbackdoor.defenses.bnp:BNP",
         "bti_dbf": "unbackdoor.defenses.bti_dbf:BTIDBF",

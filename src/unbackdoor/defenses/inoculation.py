@@ -39,25 +39,25 @@ class Inoculation:
 
     Deviations: None.
 
-    Costs: A stage passes ``images`` clean samples once through a copy of the given network and twice through the
-    network, and the triggered ones a third time where they are sharpened. There are two stages at least, one more than
-    learning rates at most.
+    Costs: The training passes ``images`` clean samples once through a copy of the given network and twice through the
+    network, and the triggered ones a third time where they are sharpened. Before it come trials of half the length: two
+    at least, as many as there are learning rates at most.
 
     Fails: With a trigger unlike all that is drawn. An attacker who trains with random triggers that do nothing beside
     his own that does, as noise modes and cover samples do, has taught the network to tell them apart already. A word
     that changes the meaning, or a patch over what an image shows, is noise in what is taught. With a few dozen held-out
-    samples a stage that costs a few points is not seen to.
+    samples it is not seen that a learning rate costs a few points.
 
     Attributes:
-        lrs: peak learning rates of AdamW, one-cycle, a stage each, from gentle to harsh. The next stage begins where
-            the last one ended, and counts while the held-out samples do not show that it cost skill.
-        images: clean samples that pass in a stage, in whole epochs, at most 300 of them.
-        held_out: share of the clean samples, by class, that tells what a stage cost.
-        tolerance: what a stage may cost against the best so far, as mean probability of the true class, on top of one
+        lrs: peak learning rates of AdamW, one-cycle, from gentle to harsh. Trials go up while the held-out samples do
+            not show that the next one costs skill. A single one is not tried first.
+        images: clean samples that pass in the training, in whole epochs, at most 300 of them.
+        held_out: share of the clean samples, by class, that tells what a trial cost. The training itself has them all.
+        tolerance: what a trial may cost against the best so far, as mean probability of the true class, on top of one
             standard error.
-        join: end with one more stage at the learning rate that was reached, on all samples.
         batch_size: a step, before their triggered copies.
-        shrink: how far decoupled weight decay shrinks, over a stage, a weight that no gradient holds: by exp(−shrink).
+        shrink: how far decoupled weight decay shrinks, over a training, a weight that no gradient holds: by
+            exp(−shrink).
         step_cap: see :class:`unbackdoor.training.Recipe`.
         triggered: weight of the triggered copies' loss against that of the clean ones.
         labels: weight of the true labels' cross-entropy.
@@ -72,12 +72,11 @@ class Inoculation:
     """
 
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-    images: int = 6000
+    images: int = 12_000
     held_out: float = 0.2
     tolerance: float = 0.01
-    join: bool = True
     batch_size: int = 32
-    shrink: float = 0.05
+    shrink: float = 0.1
     step_cap: float | None = 0.5
     triggered: float = 1.0
     labels: float = 1.0
@@ -101,24 +100,24 @@ class Inoculation:
                 raise ConfigError(f"{name} must be a finite number, at least 0, not {getattr(self, name)}")
         if not self.kinds or any(kind not in get_args(ImageKind) for kind in self.kinds):
             raise ConfigError(f"kinds must be one or more of {', '.join(get_args(ImageKind))}, not {self.kinds}")
-        self.recipe(self.lrs[0], 1)
+        self.recipe(self.lrs[0], 1, self.images)
 
     def __call__(self, model: nn.Module, clean: Samples, rng: Rng) -> Removal:
         """See :class:`unbackdoor.types.Defense`."""
-        return _Climb(self.suited(clean), model, clean, rng).run()
+        return _Search(self.suited(clean), model, clean, rng).run()
 
     #: What texts take where none of these was stated: a pretrained transformer does not come back from larger steps.
-    TEXTS: ClassVar[dict[str, Any]] = {"lrs": (5e-5, 1e-4, 2e-4), "images": 3000}
+    TEXTS: ClassVar[dict[str, Any]] = {"lrs": (5e-5, 1e-4, 2e-4), "images": 6000}
 
     def suited(self, clean: Samples) -> Inoculation:
         """These settings, or for texts, where none of ``TEXTS`` was stated, the same with these."""
         usual = all(getattr(self, f.name) == f.default for f in fields(self) if f.name in self.TEXTS)
         return replace(self, **self.TEXTS) if clean.kind == "text" and usual else self
 
-    def recipe(self, lr: float, samples: int) -> Recipe:
-        """A stage on so many samples."""
+    def recipe(self, lr: float, samples: int, images: int) -> Recipe:
+        """A training on so many samples until about so many images have passed."""
         recipe = Recipe(
-            epochs=epochs_for(self.images, samples),
+            epochs=epochs_for(images, samples),
             batch_size=self.batch_size,
             optimizer="adamw",
             lr=lr,
@@ -129,78 +128,90 @@ class Inoculation:
         return replace(recipe, weight_decay=self.shrink / summed_lr(recipe, samples))
 
 
-#: Learning rates of the first stage that are tried, each a quarter of the one before.
+#: How often the gentlest learning rate is tried, each time a quarter of it, where it breaks the network.
 TRIES = 4
 
 
-class _Climb:
-    """One run: stages from gentle to harsh, as far as the held-out samples allow."""
+class _Search:
+    """One run: short trials from gentle to harsh as far as the held-out samples allow, then the training itself."""
 
     def __init__(self, settings: Inoculation, model: nn.Module, clean: Samples, rng: Rng) -> None:
-        self.settings, self.rng = settings, rng
+        self.settings, self.model, self.rng = settings, model, rng
         self.clean = clean.to(device_of(model))
         self.given = copy.deepcopy(model).eval().requires_grad_(False)
-        self.reached = copy.deepcopy(model)
-        self.stamp = triggers_for(self.given, self.clean, settings.kinds, rng.stream("triggers"))
-        self.phases: list[Phase] = []
         self.notes: list[str] = []
+        self.tried: list[Phase] = []
 
     def run(self) -> Removal:
         s = self.settings
         rest, held_out = self.clean.split(s.held_out, self.rng.stream("held-out"))
-        watched = held_out or rest
-        if held_out is None:
-            self.notes.append("no class has two samples: nothing could be held out, and only the first stage is run")
-        before = self._skill(self.given, watched)
-        chosen, best = self._first(rest, watched, before)
-        for lr in s.lrs[1:] if held_out and chosen == s.lrs[0] else ():
-            model = self._stage(lr, rest, f"inoculate, lr {lr:g}")
-            skill = before.new_zeros(len(before)) if model is None else self._skill(model, watched)
-            if model is None or not self._holds(skill, best):
-                break
-            self.reached, chosen, best = model, lr, max(skill, best, key=lambda each: each.mean().item())
-        if s.join and held_out and chosen:
-            self.reached = self._stage(chosen, self.clean, f"inoculate, lr {chosen:g}, all samples") or self.reached
-        values: dict[str, float | int | str | bool] = {
-            "learning rate reached": chosen,
-            "held-out samples": len(held_out) if held_out else 0,
-            "held-out skill before": before.mean().item(),
-            "held-out skill of the best stage": best.mean().item(),
-        }
-        # Each sample passes a second time with a trigger.
-        images = sum(e.images for p in self.phases for e in p.epochs)
-        return Removal(self.reached, Trace(tuple(self.phases), (), values, tuple(self.notes), images))
-
-    def _first(self, samples: Samples, watched: Samples, before: Tensor) -> tuple[float, Tensor]:
-        """(the learning rate of the first stage, its skill): a quarter as often as the network would break.
-
-        0 and the given network's skill where it broke all the same: then that is returned as it was.
-        """
-        lr = self.settings.lrs[0]
-        for _ in range(TRIES):
-            model = self._stage(lr, samples, f"inoculate, lr {lr:g}")
-            if model is not None:
-                skill = self._skill(model, watched)
-                if skill.mean() >= before.mean() / 2:
-                    self.reached = model
-                    return lr, skill
-            self.notes.append(f"learning rate {lr:g} broke the network: a quarter of it was tried")
-            lr /= 4
+        values: dict[str, float | int | str | bool] = {"held-out samples": len(held_out) if held_out else 0}
+        if held_out is not None and len(s.lrs) > 1:
+            lrs = self._searched(rest, held_out, values)
+        else:
+            lrs = self._gentler(s.lrs[0])
+            if len(s.lrs) > 1:
+                self.notes.append("no class has two samples: nothing was held out, the gentlest learning rate is used")
+        for lr in lrs:
+            found = self._train(lr, self.clean, s.images, "inoculate")
+            if found is not None:
+                values["learning rate"] = lr
+                return Removal(found[0], self._trace((found[1],), values))
         self.notes.append("every learning rate broke the network: it is returned as it was given")
-        return 0.0, before
+        return Removal(copy.deepcopy(self.model), self._trace((), values))
 
-    def _stage(self, lr: float, samples: Samples, name: str) -> nn.Module | None:
-        """A copy of what was reached, one stage further; None where that diverged."""
-        model, number = copy.deepcopy(self.reached), len(self.phases)
-        objective = Unmoved(self.settings, self.given, self.stamp, self.rng.stream("mix", number))
-        recipe = self.settings.recipe(lr, len(samples))
+    def _trace(self, phases: tuple[Phase, ...], values: dict[str, float | int | str | bool]) -> Trace:
+        # Each sample passes a second time with a trigger.
+        trials, shown = (sum(e.images for p in ps for e in p.epochs) for ps in (self.tried, phases))
+        return Trace(phases, (), values, tuple(self.notes), 2 * trials + shown)
+
+    @staticmethod
+    def _gentler(lr: float) -> list[float]:
+        return [lr / 4**k for k in range(TRIES)]
+
+    def _searched(
+        self, samples: Samples, held_out: Samples, values: dict[str, float | int | str | bool]
+    ) -> list[float]:
+        """Learning rates, the chosen one first and gentler ones behind it, by trials of half the length."""
+        gentle, *harsher = self.settings.lrs
+        before = self._skill(self.given, held_out)
+        values["held-out skill before"] = before.mean().item()
+        lrs, best = self._gentler(gentle), None
+        while lrs and best is None:
+            best = self._trial(lrs[0], samples, held_out)
+            if best is None or best.mean() < before.mean() / 2:
+                self.notes.append(f"learning rate {lrs[0]:g} broke the network: a quarter of it was tried")
+                lrs, best, harsher = lrs[1:], None, []
+        for lr in harsher:
+            skill = self._trial(lr, samples, held_out)
+            if skill is None or best is None or not self._holds(skill, best):
+                break
+            lrs, best = [lr, *lrs], max(skill, best, key=lambda each: each.mean().item())
+        if best is not None:
+            values["held-out skill of the best trial"] = best.mean().item()
+        return lrs
+
+    def _trial(self, lr: float, samples: Samples, held_out: Samples) -> Tensor | None:
+        """Its skill on the held-out samples; None where it diverged."""
+        found = self._train(lr, samples, max(1, self.settings.images // 2), f"inoculate (trial, lr {lr:g})")
+        if found is None:
+            return None
+        self.tried.append(found[1])
+        return self._skill(found[0], held_out)
+
+    def _train(self, lr: float, samples: Samples, images: int, name: str) -> tuple[nn.Module, Phase] | None:
+        """A copy of the given network after so many images; None where that diverged."""
+        model, s = copy.deepcopy(self.model), self.settings
+        stamp = triggers_for(self.given, self.clean, s.kinds, self.rng.stream("triggers", name))
+        objective = Unmoved(s, self.given, stamp, self.rng.stream("mix", name))
         try:
-            epochs = fit(model, samples, recipe, self.rng.child("stage", number), objective=objective, name=name)
+            epochs = fit(
+                model, samples, s.recipe(lr, len(samples), images), self.rng.child(name), objective=objective, name=name
+            )
         except TrainingDiverged as error:
             self.notes.append(str(error))
             return None
-        self.phases.append(Phase(name, tuple(epochs)))
-        return model
+        return model, Phase(name, tuple(epochs))
 
     @staticmethod
     def _skill(model: nn.Module, samples: Samples) -> Tensor:
@@ -262,7 +273,9 @@ class Unmoved:
         wanted = softened(self.given, x)
         with nullcontext() if s.train_mode else evaluating(model):
             plain, triggered = self._both(model, x, wanted)
-        clean, foreign = (s.labels * labels.entropy(out) + s.distill * divergence(out, wanted) for out in (plain, triggered))
+        clean, foreign = (
+            s.labels * labels.entropy(out) + s.distill * divergence(out, wanted) for out in (plain, triggered)
+        )
         return Step(clean + s.triggered * foreign, plain, {"clean": clean, "triggered": foreign})
 
     def _both(self, model: nn.Module, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

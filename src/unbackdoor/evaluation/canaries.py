@@ -190,7 +190,7 @@ def try_canaries(
     clean.require_images("a test by canaries")
     if kinds is None:
         kinds = usual_canaries(clean.image_shape, clean.num_classes, rng)
-    attacks, notes = _usable(kinds, clean, rng)
+    attacks, notes = usable_canaries(kinds, clean, rng)
     began = time.perf_counter()
     planted, epochs = plant_canaries(model, clean, attacks, planting or Planting(), rng)
     removal = defense(copy.deepcopy(planted), clean, rng.child("defense"))
@@ -214,8 +214,13 @@ def plant_canaries(
     return copied, fit(copied, clean, recipe, rng.child("canaries"), objective=objective, name="plant canaries")
 
 
-def _usable(kinds: Sequence[str], clean: Samples, rng: Rng) -> tuple[list[Contamination], tuple[str, ...]]:
-    """The attacks that can stamp such images, with what they draw, and notes on the others."""
+def usable_canaries(kinds: Sequence[str], clean: Samples, rng: Rng) -> tuple[list[Contamination], tuple[str, ...]]:
+    """The attacks that can stamp such images, with what they draw, and notes on the others.
+
+    Raises:
+        ConfigError: a kind that is no attack, or a target that is no class.
+        DataError: none can.
+    """
     usable: list[Contamination] = []
     notes: list[str] = []
     few = clean.images(slice(0, 1))
