@@ -2,7 +2,7 @@
 
     python benchmarks/attack_table.py victims --data-root DATA --out runs                # plant what is missing
     python benchmarks/attack_table.py victims --data-root DATA --out runs --only wanet   # of one attack
-    python benchmarks/attack_table.py collect --out runs                                 # -> benchmarks/records
+    python benchmarks/attack_table.py collect --data-root DATA --out runs                # -> benchmarks/records
     python benchmarks/attack_table.py table --write docs/attacks.md                      # records -> Markdown
 
 Victims are those of ``real_runs.py``: what that has planted is not planted again. ``--part I/N`` takes every N-th
@@ -20,7 +20,14 @@ from typing import Any
 import torch
 
 from unbackdoor import specs
+from unbackdoor.attacks.poisoning import Trainer, poison
+from unbackdoor.attacks.victims import is_victim, load_attack, load_victim
+from unbackdoor.data.named import load_dataset
+from unbackdoor.errors import TrainingDiverged
 from unbackdoor.evaluation.checks import least_accuracy
+from unbackdoor.files import write
+from unbackdoor.inference import predict
+from unbackdoor.rng import Rng
 from victim_runs import markdown, part, plant_missing, read_records, show, took, victim_folder, write_records
 
 SETTING = "cifar10"
@@ -62,6 +69,7 @@ ATTACKS: tuple[str | None, ...] = (
 REMARKS: dict[str, str] = {
     "lira": "a change of at most 2.55 levels of 255 was hardly told apart in 12 epochs, while half of the loss asked "
     "for the target: most clean images are sent there too; a larger eps or a far longer training is needed",
+    "refool": "the planting stood still on the way: its seconds are no measure",
     "wanet": "the planting stood still for hours on the way: its seconds are no measure",
 }
 
@@ -69,14 +77,53 @@ REMARKS: dict[str, str] = {
 def victims(arguments: argparse.Namespace) -> None:
     wanted = [a for a in ATTACKS if not arguments.only or (a is not None and specs.parse(a)[0] in arguments.only)]
     for attack in part(wanted, arguments.part):
-        plant_missing(SETTING, attack, arguments.data_root, Path(arguments.out))
+        try:
+            plant_missing(SETTING, attack, arguments.data_root, Path(arguments.out))
+        except TrainingDiverged as error:  # a row of the table too
+            record = json.dumps({"attack": attack, "error": str(error)})
+            write(failure(Path(arguments.out), attack), record.encode(), force=True)
+            print(f"{attack}: {error}", flush=True)
+
+
+def failure(out: Path, attack: str | None) -> Path:
+    """Where it is kept why an attack could not be planted."""
+    folder = victim_folder(out, SETTING, attack)
+    return folder.with_name(f"{folder.name}.failed.json")
 
 
 def collect(arguments: argparse.Namespace) -> None:
-    """The cards as a JSON-lines file, which is what is committed."""
-    cards = [victim_folder(Path(arguments.out), SETTING, attack) / "victim.json" for attack in ATTACKS]
-    found = [json.loads(card.read_text()) for card in cards if card.is_file()]
+    """The cards as a JSON-lines file, which is what is committed; of what did not take, what was fitted of it."""
+    out, found = Path(arguments.out), []
+    for attack in ATTACKS:
+        folder, failed = victim_folder(out, SETTING, attack), failure(out, attack)
+        if not is_victim(folder):
+            found += [json.loads(failed.read_text())] if failed.is_file() else []
+            continue
+        card = json.loads((folder / "victim.json").read_text())
+        if card["asr"] is not None and not took(card["asr"]):
+            card["fitted"] = fitted(folder, arguments.data_root)
+        found.append(card)
     write_records(Path(arguments.records) / "attack_table.jsonl", found)
+
+
+def fitted(folder: Path, root: str | None) -> float | None:
+    """The share of its own poisoned training images, of other classes than the target's, that a victim sends there.
+
+    None where the attack poisons as it trains. An attack that fits them and fails on the test set's does not
+    generalise; one that does not even fit them was trained too briefly, or poisoned too few.
+    """
+    model, card = load_victim(folder)
+    attack, train = load_attack(folder), load_dataset(SETTING, "train", root)
+    if attack is None or isinstance(attack, Trainer):
+        return None
+    rng = Rng(card.seed).child("victim", folder.name)
+    poisoned = poison(train, attack, rng)
+    chosen = attack.plan(train.labels, train.num_classes, rng)
+    chosen = chosen[poisoned.labels[chosen] != train.labels[chosen]]
+    if not len(chosen):
+        return None
+    seen = poisoned.select(chosen)
+    return float((predict(model, seen).argmax(1).cpu() == seen.labels).double().mean())
 
 
 HEADS = ("attack", "poisoned", "ACC", "lost", "ASR", "planted in s", "")
@@ -90,12 +137,16 @@ def tables(records: Path) -> dict[str, str]:
 
 def table_row(card: dict[str, Any], clean: float | None) -> list[str]:
     """The cells of one line; ``clean`` is the clean network's accuracy."""
+    if "error" in card:
+        return [f"`{card['attack']}`", *["–"] * 5, f"**could not be planted**: {card['error']}"]
     attack, settings, asr = card["attack"], card.get("settings", {}), card["asr"]  # the oldest cards have none
     lost = "–" if clean is None or attack is None else f"{100 * (clean - card['accuracy']):.1f}"
     rate = "–" if attack is None else f"{100 * settings.get('rate', specs.build('attack', attack).rate):g} %"
     remarks = [] if asr is None or took(asr) else ["**did not take**"]
     if attack is not None and card["accuracy"] < least_accuracy(card["num_classes"], clean):
         remarks = ["**broke the network**"]
+    if card.get("fitted") is not None:
+        remarks.append(f"of its own poisoned training images {card['fitted']:.0%} go where the attacker wants")
     if attack in REMARKS:
         remarks.append(REMARKS[attack])
     return [

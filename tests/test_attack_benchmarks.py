@@ -48,6 +48,29 @@ def test_a_victim_is_planted_once_with_what_its_trigger_learned(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("digits")
+def test_what_did_not_take_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poison that was learned is obeyed on the training images themselves; that of a handful is not."""
+    monkeypatch.setattr(attack_table, "SETTING", "digits")
+    learned, unlearned = "badnets(rate=0.1, size=3)", "adaptive_blend(alpha=0.01, train_alpha=0.01)"
+    for attack in (learned, unlearned):
+        victim_runs.plant_missing("digits", attack, None, tmp_path)
+    shares = [
+        attack_table.fitted(victim_runs.victim_folder(tmp_path, "digits", attack), None)
+        for attack in (learned, unlearned)
+    ]
+    assert shares[0] is not None
+    assert shares[0] > 0.8
+    assert shares[1] is not None
+    assert shares[1] < 0.5
+
+
+def test_an_attack_that_could_not_be_planted_is_a_row() -> None:
+    row = attack_table.table_row({"attack": "lira(eps=0.05)", "error": "the loss became nan"}, 0.9)
+    assert row == ["`lira(eps=0.05)`", *["–"] * 5, "**could not be planted**: the loss became nan"]
+    assert len(row) == len(attack_table.HEADS)
+
+
+@pytest.mark.usefixtures("digits")
 def test_a_trial_is_cleaned_once_and_tells_what_the_attacker_got_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

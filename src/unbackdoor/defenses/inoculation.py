@@ -53,8 +53,7 @@ class Inoculation:
             not show that the next one costs skill. A single one is not tried first.
         images: clean samples that pass in the training, in whole epochs, at most 300 of them.
         held_out: share of the clean samples, by class, that tells what a trial cost. The training itself has them all.
-        tolerance: what a trial may cost against the best so far, as mean probability of the true class, on top of one
-            standard error.
+        tolerance: what a trial may cost against the best so far, as mean probability of the true class.
         batch_size: a step, before their triggered copies.
         shrink: how far decoupled weight decay shrinks, over a training, a weight that no gradient holds: by
             exp(−shrink).
@@ -184,7 +183,7 @@ class _Search:
                 lrs, best, harsher = lrs[1:], None, []
         for lr in harsher:
             skill = self._trial(lr, samples, held_out)
-            if skill is None or best is None or not self._holds(skill, best):
+            if skill is None or best is None or best.mean() - skill.mean() > self.settings.tolerance:
                 break
             lrs, best = [lr, *lrs], max(skill, best, key=lambda each: each.mean().item())
         if best is not None:
@@ -218,12 +217,6 @@ class _Search:
         """(n,) float64 on the CPU: the probability of each true class."""
         labels = samples.labels.cpu()
         return predict(model, samples, precision="auto").softmax(1).cpu().double().gather(1, labels[:, None])[:, 0]
-
-    def _holds(self, skill: Tensor, best: Tensor) -> bool:
-        """Whether the skill is as good as the best but for the tolerance and one standard error of the pairs."""
-        lost = best - skill
-        error = lost.std().item() / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
-        return lost.mean().item() <= self.settings.tolerance + error
 
 
 def triggers_for(
