@@ -92,7 +92,8 @@ def test_a_warp_moves_pixels_and_makes_no_new_ones() -> None:
     assert torch.allclose(RandomImageTriggers(("warp",), generator())(flat), flat)
     ramp = torch.linspace(0, 1, 64).expand(8, 1, 64, 64)  # a pixel to the side is 1/63 more
     moved = (RandomImageTriggers(("warp",), generator())(ramp) - ramp).abs().mean((1, 2, 3)) * 63
-    assert (moved >= 0.25).all()  # the mean over both directions is 1 to 4 pixels
+    assert (moved >= 0.05).all()  # the mean over both directions is a quarter to 4 pixels
+    assert moved.max() >= 0.75
     assert (moved <= 8).all()
 
 

@@ -44,7 +44,8 @@ class Auto:
 
     Attributes:
         candidates: names or specs of defenses, in the order in which they are tried.
-        most_left: success that may be left of any canary that took, in [0, 1].
+        most_left: success that may be left of any canary that took, in [0, 1], beyond what its trigger does to the
+            given network, which knows nothing of it.
         max_loss: held-out accuracy, in [0, 1], that a method may cost on the copy. Where none keeps to both, the one
             that leaves least among those that keep to this one is taken, or else the one that costs least.
         held_out: share of the clean samples, by class, on which the canaries and the accuracy are measured.
@@ -54,7 +55,7 @@ class Auto:
     """
 
     candidates: tuple[str, ...] = ("inoculation", "seam", "ulrl")
-    most_left: float = 0.1
+    most_left: float = 0.2
     max_loss: float = 0.05
     held_out: float = 0.2
     otherwise: str = "seam"
@@ -148,7 +149,7 @@ class _Trials:
             return
         choice.notes += notes
         choice.images += sum(e.images for e in epochs)
-        taken = [attack for attack in attacks if self._success(carrier, attack) >= ATTACK_TOOK]
+        taken = {a: self._success(self.model, a) for a in attacks if self._success(carrier, a) >= ATTACK_TOOK}
         choice.values["canaries that took"] = len(taken)
         if not taken:
             choice.notes.append(f"no canary took, so {choice.name} was taken without a trial")
@@ -175,7 +176,7 @@ class _Trials:
         )
 
     def _try(
-        self, name: str, defense: Defense, carrier: nn.Module, taken: list[Contamination], choice: _Choice
+        self, name: str, defense: Defense, carrier: nn.Module, taken: dict[Contamination, float], choice: _Choice
     ) -> _Tried | None:
         try:
             removal = defense(copy.deepcopy(carrier), self.rest, self.rng.child("trial"))
@@ -183,7 +184,7 @@ class _Trials:
             choice.notes.append(f"{name} could not be tried: {error}")
             return None
         choice.images += removal.trace.images
-        left = max(self._success(removal.model, attack) for attack in taken)
+        left = max(self._success(removal.model, attack) - given for attack, given in taken.items())
         before, after = (measure(m, self.held_out).accuracy for m in (carrier, removal.model))
         return _Tried(name, left, before - after)
 

@@ -26,7 +26,7 @@ class RandomImageTriggers:
     - "blend": 5 to 30 % of a picture, smooth, rough or another image of the batch.
     - "wave": a sinusoid of any direction and up to a period of two pixels, up to 15 % of the range, as an amplitude of
       its own in each channel.
-    - "warp": a smooth field that moves pixels by 1/64 to 1/16 of the side in the mean.
+    - "warp": a smooth field that moves pixels by a quarter to 1.5 in the mean, or to 1/16 of the side if that is more.
     - "tint": another gain (0.7 to 1.3) and offset (up to 10 % of the range) in each channel.
 
     Args:
@@ -105,8 +105,9 @@ class RandomImageTriggers:
         points = 3 + int(torch.randint(4, (1,), generator=self.generator))
         noise = 2 * self._uniform(n, 2, points, points) - 1
         field = F.interpolate(noise, size=(height, width), mode="bicubic", align_corners=True)
-        # Coordinates run from -1 to 1: a side is 2 long.
-        size = 2 * (1 + 3 * self._uniform(n, 1, 1, 1)) / 64
+        side = min(height, width)
+        pixels = 0.25 + (max(1.5, side / 16) - 0.25) * self._uniform(n, 1, 1, 1)
+        size = 2 * pixels / side  # coordinates run from -1 to 1
         field = field / field.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6) * size
         rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
         grid = (torch.stack([columns, rows], -1) + field.permute(0, 2, 3, 1)).clamp(-1, 1).to(x)

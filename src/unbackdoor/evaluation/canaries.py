@@ -157,7 +157,7 @@ def usual_canaries(image_shape: tuple[int, int, int], num_classes: int, rng: Rng
         f"badnets(size={large}, margin={draw(max(1, side // 8))}, corner={corners[second]}, pattern=grid",
         f"blended(alpha=0.2, picture_seed={1000 + draw(1000)}",
         f"sig(frequency={3 + draw(max(1, side // 4 - 3))}",
-        "wanet(s=2.0",
+        f"wanet(s={side / 16:g}",
     )
     return tuple(f"{kind}, target={targets[i % num_classes]})" for i, kind in enumerate(kinds))
 
