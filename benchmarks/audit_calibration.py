@@ -27,8 +27,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
+from audit_fit import METHODS, calibrate
+from audit_tables import tables
 from unbackdoor import specs
+from unbackdoor.analysis.audit import calibration
 from unbackdoor.analysis.audit.evidence import PER_CLASS, gather
 from unbackdoor.attacks.poisoning import implant
 from unbackdoor.attacks.recipes import usual
@@ -39,7 +41,7 @@ from unbackdoor.models.architectures import build_network
 from unbackdoor.rng import Rng
 from unbackdoor.training import Recipe, fit
 from unbackdoor.types import Samples
-from victim_runs import halves, part, show, write_records
+from victim_runs import halves, part, read_records, show, write_records
 
 Role = Literal["calibration", "held-out"]
 
@@ -234,9 +236,21 @@ def _found(out: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(path.read_text())
 
 
+def fit_calibration(arguments: argparse.Namespace) -> None:
+    """The package's calibration."""
+    made, areas = calibrate(read_records(Path(arguments.records) / "audit.jsonl"))
+    write(calibration.file(), made.to_json().encode(), force=True)
+    print("; ".join(f"{name}: AUROC {areas[name]:.3f} within the calibration" for name in METHODS))
+    print(f"{made.method}, threshold {made.threshold:.3g}: {made.held_out}")
+
+
+def table(arguments: argparse.Namespace) -> None:
+    show(tables(Path(arguments.records)), arguments.write)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = {"victims": victims, "evidence": evidence, "collect": collect}
+    stages = {"victims": victims, "evidence": evidence, "collect": collect, "fit": fit_calibration, "table": table}
     parser.add_argument("stage", choices=list(stages))
     parser.add_argument("--data-root", default=os.environ.get("UNBACKDOOR_DATA"))
     parser.add_argument("--out", default="runs")

@@ -77,7 +77,7 @@ class Conditions:
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class HeldOut:
     """How the audit did on networks that were not used for the calibration.
 
     Attributes:
@@ -109,7 +109,7 @@ class Calibration:
         clean: the statistics of the calibration's clean networks, ascending.
         backdoored: how many networks with a backdoor the calibration used.
         conditions: what the networks were.
-        test: how it did on others.
+        held_out: how it did on others.
     """
 
     method: Method
@@ -119,7 +119,7 @@ class Calibration:
     clean: tuple[float, ...]
     backdoored: int
     conditions: Conditions
-    test: Test
+    held_out: HeldOut
 
     def scores(self, figures: Mapping[str, tuple[float, ...]]) -> tuple[float, ...]:
         """One score a class, of the figures that there are: a kind that is missing adds nothing."""
@@ -160,7 +160,7 @@ def _parts(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "clean": tuple(content["clean"]),
         "conditions": Conditions(**given | ranges),
-        "test": Test(**content["test"]),
+        "held_out": HeldOut(**content["held_out"]),
     }
 
 
