@@ -130,9 +130,14 @@ def interval(clean: Sequence[float], backdoored: Sequence[float]) -> tuple[float
     """95 % bootstrap interval of the area: clean networks and victims are drawn anew."""
     generator = np.random.default_rng(0)
     one, other = np.array(clean), np.array(backdoored)
-    drawn = [area(generator.choice(one, len(one)), generator.choice(other, len(other))) for _ in range(DRAWS)]
+    drawn = [area(_again(one, generator), _again(other, generator)) for _ in range(DRAWS)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)
+
+
+def _again(values: NDArray[np.float64], generator: np.random.Generator) -> list[float]:
+    drawn: list[float] = generator.choice(values, len(values)).tolist()
+    return drawn
 
 
 def cross_validated(method: Method, known: Sequence[Network]) -> float:

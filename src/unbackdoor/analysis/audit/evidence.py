@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
@@ -84,17 +84,11 @@ KINDS: Mapping[str, Kind] = {
         True,
         "The length of the smallest found perturbation that sends images of other classes to this one.",
     ),
-    "attraction": Kind(
-        "Pull while forgetting",
-        "mean probability",
-        False,
-        "How much a copy that is trained on wrong labels falls back on this class.",
-    ),
     "retention": Kind(
         "Kept while forgetting",
-        "of the probability",
-        False,
-        "How much of its probability on its own images the class keeps meanwhile.",
+        "share of the probability",
+        True,
+        "How much of its probability on its own images the class keeps while a copy is trained on wrong labels.",
     ),
     "unlearning": Kind(
         "Movement in unlearning",
@@ -239,19 +233,17 @@ def _forgetting(model: nn.Module, seen: Samples, rng: Rng) -> dict[str, tuple[fl
         step_cap=0.5,
         precision="fp32",
     )
-    course = forgetting_speed(model, seen, rng, recipe=recipe)
-    kept: list[float] = []
-    for c in range(seen.num_classes):
-        own = [row[c] for row in course.kept]
-        start = own[0]
-        after = [now for now in own[1:] if now is not None]
-        kept.append(sum(after) / len(after) / start if start and after else math.nan)
-    there = [value for value in kept if math.isfinite(value)]
-    middle = median(there) if there else 1.0
-    return {
-        "attraction": tuple(max(value, 1e-9) for value in course.attraction),
-        "retention": tuple(max(value, 1e-9) if math.isfinite(value) else middle for value in kept),
-    }
+    course = forgetting_speed(model, seen, rng, recipe=recipe).kept
+    kept: list[float | None] = []
+    for c, start in enumerate(course[0]):
+        later = [row[c] for row in course[1:]]
+        after = [value for value in later if value is not None]
+        kept.append(fmean(after) / start if start and after else None)
+    known = [value for value in kept if value is not None]
+    if not known:
+        raise DataError("the network gives no class any probability on its own images")
+    # A class that cannot be watched stands out to neither side.
+    return {"retention": tuple(max(median(known) if value is None else value, 1e-9) for value in kept)}
 
 
 def _unlearning(model: nn.Module, seen: Samples, rng: Rng) -> dict[str, tuple[float, ...]]:
