@@ -9,8 +9,9 @@ import typer
 
 from unbackdoor.cli import options as o
 from unbackdoor.cli.outputs import refuse, staged
-from unbackdoor.cli.subject import Asked, load_subject, model_file
+from unbackdoor.cli.subject import Asked, is_text_model, load_subject, model_file
 from unbackdoor.cli.terminal import Terminal, add, table
+from unbackdoor.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from unbackdoor.report.audit_record import AuditReport
@@ -68,6 +69,8 @@ def audit(
         device=device,
         threads=threads,
     )
+    if is_text_model(model):
+        raise UnsupportedModel(f"{model} is a network of texts: an audit looks for triggers in images alone")
     asked.check_samples()
     folder = out or Path(f"{model.resolve().stem}-audit")
     refuse(folder, [_RECORD, _PAGE], force=force, given=model_file(model))
