@@ -17,10 +17,10 @@ from unbackdoor.defenses.inversion import InvertedTrigger
 from unbackdoor.errors import DataError, OutputExists
 from unbackdoor.inference import predict
 from unbackdoor.report import audit_wording as wording
-from unbackdoor.report.audit_finding import finding_of
 from unbackdoor.report.audit_html import render_audit
 from unbackdoor.report.audit_plots import MOST_CLASSES, shown_classes
 from unbackdoor.report.audit_record import AuditReport
+from unbackdoor.report.audited import finding_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "evidence": {},

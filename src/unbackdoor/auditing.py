@@ -10,8 +10,8 @@ from torch import nn
 
 from unbackdoor.analysis.audit.calibration import shipped
 from unbackdoor.api import loaded_model, versions
-from unbackdoor.report.audit_finding import find
 from unbackdoor.report.audit_record import AuditReport
+from unbackdoor.report.audited import find
 from unbackdoor.rng import Rng
 from unbackdoor.types import Samples
 

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from unbackdoor.analysis.audit import AuditResult, audit
-from unbackdoor.inference import device_of, predict
-from unbackdoor.report.examples import png
-from unbackdoor.rng import Rng
-from unbackdoor.types import Samples
+from unbackdoor.analysis.audit.calibration import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,52 +66,19 @@ class AuditFinding:
     notes: tuple[str, ...] = ()
 
 
-def find(model: nn.Module, clean: Samples, rng: Rng) -> AuditFinding:
-    """Audit ``model``, which is left as it is. Arguments and errors are those of
-    :func:`unbackdoor.analysis.audit.audit`.
+@dataclass(frozen=True, slots=True)
+class RemovalAudit:
+    """The audits of a network before and after a removal, of the same samples with the same draws.
+
+    Attributes:
+        after: None where the cleaned network could not be audited; ``notes`` then say why.
+        calibration: weights and threshold. They come from networks as they were trained; what a removal does to the
+            statistic of a network without a backdoor is not known.
+        seconds: wall time of both.
     """
-    return finding_of(audit(model, clean, rng), model, clean)
 
-
-def finding_of(result: AuditResult, model: nn.Module, clean: Samples) -> AuditFinding:
-    """The result with pictures.
-
-    Args:
-        model: the network that was audited.
-        clean: the samples that were given; the first of another class than the suspected one is shown.
-    """
-    return AuditFinding(
-        found=result.found,
-        suspect=result.suspect,
-        statistic=result.statistic,
-        scores=result.scores,
-        measures=result.evidence.measures,
-        figures=result.evidence.figures,
-        as_high=result.calibration.as_high(result.statistic),
-        samples=result.evidence.samples,
-        unlike=result.unlike,
-        trigger=_pictures(result, model, clean),
-        notes=result.evidence.notes,
-    )
-
-
-def _pictures(result: AuditResult, model: nn.Module, clean: Samples) -> RecoveredTrigger:
-    trigger = result.trigger
-    # Some sample is of another class, or the audit had refused.
-    shown = clean.select((clean.labels != result.suspect).nonzero()[:1, 0]).to(device_of(model))
-    answers = [int(predict(model, shown, transform=change).argmax()) for change in (None, trigger)]
-    image = shown.images(slice(None)).cpu()
-    mask, pattern = trigger.mask.cpu(), trigger.pattern.cpu()
-    grey = torch.full_like(pattern, 0.5)
-    return RecoveredTrigger(
-        mask=png(mask[None]),
-        pattern=png(torch.lerp(grey, pattern, mask)),
-        clean=png(image[0]),
-        stamped=png(torch.lerp(image, pattern, mask)[0]),
-        label=int(shown.labels[0]),
-        before=answers[0],
-        after=answers[1],
-        size=trigger.l1,
-        success=trigger.success,
-        works=trigger.works,
-    )
+    before: AuditFinding
+    after: AuditFinding | None
+    calibration: Calibration
+    seconds: float
+    notes: tuple[str, ...] = ()

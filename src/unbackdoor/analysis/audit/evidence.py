@@ -143,11 +143,10 @@ def gather(model: nn.Module, clean: Samples, rng: Rng) -> Evidence:
     Raises:
         DataError: no images, images of one class alone, or a network whose outputs do not fit or are not finite.
     """
-    clean.require_images("an audit")
+    check_auditable(model, clean)
     seen = clean.draw(PER_CLASS, rng.stream("samples")).to(device_of(model))
     # The search for perturbations takes the first images: they must not be those of the first classes.
     seen = seen.select(torch.randperm(len(seen), generator=rng.stream("order")))
-    _check(model, seen)
     measures: dict[str, tuple[float, ...]] = {}
     notes: list[str] = []
     triggers = invert(model, seen, rng.child("pixels"), _PIXEL_SEARCH).triggers
@@ -170,13 +169,15 @@ def gather(model: nn.Module, clean: Samples, rng: Rng) -> Evidence:
     return Evidence(measures, triggers, len(seen), tuple(notes))
 
 
-def _check(model: nn.Module, seen: Samples) -> None:
-    if int((seen.counts() > 0).sum()) < 2:
+def check_auditable(model: nn.Module, clean: Samples) -> None:
+    """Raise what :func:`gather` raises, before any search."""
+    clean.require_images("an audit")
+    if int((clean.counts() > 0).sum()) < 2:
         raise DataError("all samples are of one class: an audit compares classes, and needs images of two at least")
-    logits = predict(model, seen)
-    if logits.ndim != 2 or logits.shape[1] != seen.num_classes:
+    logits = predict(model, clean)
+    if logits.ndim != 2 or logits.shape[1] != clean.num_classes:
         raise DataError(
-            f"the network gives outputs of shape {tuple(logits.shape[1:])}, and the samples have {seen.num_classes} "
+            f"the network gives outputs of shape {tuple(logits.shape[1:])}, and the samples have {clean.num_classes} "
             "classes: one output a class is needed"
         )
     if not logits.isfinite().all():
