@@ -31,7 +31,7 @@ from audit_fit import METHODS, calibrate
 from audit_tables import tables
 from unbackdoor import specs
 from unbackdoor.analysis.audit import calibration
-from unbackdoor.analysis.audit.evidence import PER_CLASS, gather
+from unbackdoor.analysis.audit.evidence import KINDS, PER_CLASS, gather
 from unbackdoor.attacks.poisoning import implant
 from unbackdoor.attacks.recipes import usual
 from unbackdoor.data.named import load_dataset
@@ -233,7 +233,9 @@ def _found(out: Path) -> Iterator[dict[str, Any]]:
     for plan in planned():
         path = out / "audit" / f"{plan.name}.json"
         if path.exists():
-            yield json.loads(path.read_text())
+            record = json.loads(path.read_text())
+            measures = {kind: values for kind, values in record["measures"].items() if kind in KINDS}
+            yield {**record, "measures": measures}
 
 
 def fit_calibration(arguments: argparse.Namespace) -> None:

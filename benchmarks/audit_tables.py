@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from audit_fit import Judged, area, interval, judged, networks
+from audit_fit import METHODS, Judged, area, cross_validated, interval, judged, networks
 from unbackdoor.analysis.audit.calibration import Calibration, shipped
 from unbackdoor.analysis.audit.evidence import KINDS
+from unbackdoor.evaluation.metrics import wilson_interval
 from victim_runs import markdown, read_records
 
+WORDS = {"sum": "weighted sum (a logistic regression)", "largest": "largest, each in units of its spread"}
 HEADS = ("networks", "number", "flagged", "class right", "AUROC", "95 % interval")
 
 
@@ -18,12 +20,32 @@ def tables(records: Path) -> dict[str, str]:
     held_out = judged(calibration, networks(found, "held-out"))
     used = judged(calibration, networks(found, "calibration"))
     return {
+        "audit-summary": summary(calibration, used, held_out),
         "audit": markdown(HEADS, [*rows(held_out)]),
         "audit-settings": markdown(HEADS, [*by_setting(held_out)]),
         "audit-kinds": markdown(
             ("evidence", "weight", "calibration: AUROC", "held out: AUROC"), kinds(calibration, used, held_out)
         ),
     }
+
+
+def summary(calibration: Calibration, used: Sequence[Judged], held_out: Sequence[Judged]) -> str:
+    """What the figures come to, in sentences."""
+    known, clean = calibration.held_out, len(calibration.clean)
+    areas = {method: cross_validated(method, [each.net for each in used]) for method in METHODS}
+    other = next(method for method in METHODS if method != calibration.method)
+    first = sum(each.suspect == each.net.target for each in held_out if each.net.target is not None)
+    chance = wilson_interval(known.flagged_clean, known.clean)
+    return (
+        f"The calibration used {clean} clean networks and {calibration.backdoored} victims; its threshold is for a "
+        f"false-positive rate of {calibration.rate:.0%}. On networks that it had not seen, the audit flagged "
+        f"{known.flagged_clean} of {known.clean} clean ones (95 % interval {chance.low:.0%} to {chance.high:.0%}) and "
+        f"{known.flagged} of {known.backdoored} victims with one target, with the right class in {known.right}; the "
+        f"target had the highest score, flagged or not, in {first}. AUROC: {known.auroc:.2f} "
+        f"({known.low:.2f} to {known.high:.2f}). "
+        f"Figures are combined by their {WORDS[calibration.method]}: cross-validated within the calibration its AUROC "
+        f"is {areas[calibration.method]:.2f}, that of the {WORDS[other]} {areas[other]:.2f}."
+    )
 
 
 def rows(found: Sequence[Judged]) -> list[list[str]]:
@@ -41,7 +63,9 @@ def by_setting(found: Sequence[Judged]) -> list[list[str]]:
     for setting, arch in sorted({(each.net.record["setting"], each.net.record["arch"]) for each in found}):
         mine = [e for e in found if (e.net.record["setting"], e.net.record["arch"]) == (setting, arch)]
         clean, victims = [e for e in mine if e.net.clean], [e for e in mine if e.net.target is not None]
-        made += [_row(f"{setting}, {arch}: clean", clean, clean), _row(f"{setting}, {arch}: victims", victims, clean)]
+        made.append(_row(f"{setting}, {arch}: clean", clean, clean))
+        if victims:
+            made.append(_row(f"{setting}, {arch}: victims", victims, clean))
     return made
 
 

@@ -214,7 +214,8 @@ def _feature_space(model: nn.Module, seen: Samples, rng: Rng) -> dict[str, tuple
         low, high = whole.min().item(), whole.max().item()
         alone = _HeadAlone(model.get_submodule(watch.name), low, high)
         scaled = ((whole.flatten(1) - low) / max(high - low, 1e-12)).clamp(0, 1)[:, None, None]
-        if whole.ndim != 2 or not torch.equal(alone(scaled).argmax(1), said.argmax(1)):
+        # Not all: of two classes that are level, rounding may choose the other.
+        if whole.ndim != 2 or (alone(scaled).argmax(1) == said.argmax(1)).double().mean() < 0.98:
             raise UnsupportedModel("the last layer alone does not give the network's answers")
     space = Samples(scaled, seen.labels, seen.num_classes)
     triggers = invert(alone, space, rng, _FEATURE_SEARCH).triggers
