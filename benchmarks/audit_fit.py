@@ -20,8 +20,8 @@ from unbackdoor.analysis.audit.calibration import Calibration, Conditions, HeldO
 from unbackdoor.analysis.audit.evidence import KINDS, stands_out
 from victim_runs import took
 
-#: Share of clean networks that may be flagged. Ten of them for the calibration allow no less (see threshold_for).
-RATE = 0.1
+#: Share of clean networks that may be flagged.
+RATE = 0.05
 #: Weight of the squared coefficients, against the mean log-likelihood: there are few victims.
 RIDGE = 0.01
 #: Parts of the calibration's networks, each judged by weights of the others.
