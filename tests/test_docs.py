@@ -12,6 +12,7 @@ import pytest
 import typer
 
 import attack_table
+import audit_tables
 import ntk_tables
 import real_runs
 import trigger_speed
@@ -183,8 +184,9 @@ def test_the_presets_of_seam_are_shown_as_they_are() -> None:
         (trigger_speed, "docs/attacks.md"),
         (attack_table, "docs/attacks.md"),
         (ntk_tables, "docs/analysis.md"),
+        (audit_tables, "docs/evidence.md"),
     ],
-    ids=["real runs", "trigger speed", "attacks", "forgetting"],
+    ids=["real runs", "trigger speed", "attacks", "forgetting", "audit"],
 )
 def test_the_tables_are_what_the_records_say(benchmark: Any, page: str) -> None:
     for name, table in benchmark.tables(ROOT / "benchmarks" / "records").items():

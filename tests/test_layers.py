@@ -23,7 +23,7 @@ LAYERS = (
     ("automatic",),
     ("bench",),
     ("report",),
-    ("api", "forgetting", ""),  # "" is unbackdoor/__init__.py, which re-exports the public names
+    ("api", "auditing", "forgetting", ""),  # "" is unbackdoor/__init__.py, which re-exports the public names
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

@@ -124,7 +124,7 @@ def test_a_record_cannot_be_changed_and_knows_its_fields():
     # Whoever changes the shape of the file has to raise its version, and this list with it.
     assert list(json.loads(report.model_dump_json())) == [
         "schema_version", "created", "verdict", "model", "samples", "measured", "method", "before", "after", "trace",
-        "weights", "cost", "versions", "flags", "attack", "canaries", "notes",
+        "weights", "cost", "versions", "flags", "attack", "canaries", "audit", "notes",
     ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from unbackdoor import __version__, files, specs
+from unbackdoor.analysis.audit.evidence import check_auditable
 from unbackdoor.errors import ConfigError, DataError
 from unbackdoor.evaluation import checks, metrics
 from unbackdoor.evaluation.assessment import HELD_OUT, Assessment, assess
@@ -36,6 +37,7 @@ from unbackdoor.models.feature_inputs import FeatureClassifier
 from unbackdoor.models.inputs import Classifier
 from unbackdoor.models.text import TextClassifier, save_text_classifier
 from unbackdoor.report import render
+from unbackdoor.report.audited import before_and_after
 from unbackdoor.report.examples import examples
 from unbackdoor.report.model_card import model_card
 from unbackdoor.report.record import (
@@ -114,6 +116,7 @@ def clean(
     triggered: Triggered | None = None,
     held_out: float = HELD_OUT,
     canaries: bool | Sequence[str] = False,
+    audit: bool = False,
     description: Mapping[str, str | None] | None = None,
     notes: Sequence[str] = (),
 ) -> Cleaned:
@@ -135,6 +138,7 @@ def clean(
         held_out: that share, in (0, 1).
         canaries: plant known backdoors into a copy, remove them in the same way and report what is left of each: the
             usual kinds, or these attack specs. Takes as long as the removal again, and the planting.
+        audit: look for evidence of a backdoor before and after, without any trigger; images alone.
         description: what the report shall say of the model: "name", "architecture", "path", "sha256", "input_format".
         notes: what the report shall say was assumed or converted in loading the model and the samples.
 
@@ -148,6 +152,8 @@ def clean(
     if test is not None and test.num_classes != samples.num_classes:
         raise DataError(f"test has {test.num_classes} classes and samples has {samples.num_classes}: they must agree")
     _check_triggered(samples, attack, triggered)
+    if audit:
+        check_auditable(model, samples)
     rng = Rng(seed)
     shown, judged, source = _divide(samples, test, held_out, rng)
     before = assess(model, judged, attack=attack, triggered=triggered)
@@ -157,6 +163,7 @@ def clean(
 
     after = assess(removal.model, judged, attack=attack, triggered=triggered)
     foretold = _canaries(model, shown, judged, defense, rng, canaries) if canaries else None
+    audited = before_and_after(model, removal.model, shown, rng.child("audit")) if audit else None
     flags = _flags(model, removal.model, samples, judged, before, after, source)
     changes = weight_changes(_owners(model), _owners(removal.model))
     report = Report(
@@ -182,6 +189,7 @@ def clean(
         flags=flags,
         attack=_known_attack(model, removal.model, judged, attack or triggered, before, after),
         canaries=foretold,
+        audit=audited,
         notes=tuple(notes),
     )
     return Cleaned(removal.model, report, removal)

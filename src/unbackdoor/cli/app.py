@@ -13,6 +13,7 @@ import typer
 
 from unbackdoor.cli.analyze import analyze
 from unbackdoor.cli.attack import attack
+from unbackdoor.cli.audit import audit
 from unbackdoor.cli.bench import bench
 from unbackdoor.cli.clean import clean
 from unbackdoor.cli.demo import demo
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "clean": clean,
     "evaluate": evaluate,
     "inspect": inspect,
+    "audit": audit,
     "analyze": analyze,
     "attack": attack,
     "bench": bench,

@@ -72,6 +72,13 @@ def clean(
             "trigger. Takes more than twice as long.",
         ),
     ] = False,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            help="Look for evidence of a backdoor before and after, without any trigger; see 'audit'. Images alone.",
+        ),
+    ] = False,
     text_column: o.TextColumn = None,
     label_column: o.LabelColumn = None,
     max_length: o.MaxLength = None,
@@ -123,6 +130,8 @@ def clean(
         refuse(folder, [_CONFIG, _CARD, _SAFETENSORS, _RECORD, _PAGE], force=force, given=file / _SAFETENSORS)
     else:
         refuse(folder, [file.name, _SAFETENSORS, _RECORD, _PAGE], force=force, given=file)
+    if audit and is_text_model(model):
+        raise ConfigError("--audit looks for triggers in images, and this is a network of texts")
     defense = specs.build("defense", method)
     known_attack(asked)
     if not 0 < held_out < 1:
@@ -144,6 +153,7 @@ def clean(
             triggered=subject.triggered,
             held_out=held_out,
             canaries=canaries,
+            audit=audit,
             description=subject.description,
             notes=(*subject.notes, *subject.warnings),
         )
@@ -201,6 +211,9 @@ def _tell(terminal: Terminal, report: Report, folder: Path) -> None:
     foretold = wording.foretold(report)
     if foretold is not None:
         terminal.say(foretold)
+    audited = wording.audited(report)
+    if audited is not None:
+        terminal.say(audited)
     for flag in report.flags:
         if flag.name != "destroyed":
             terminal.warn(f"{flag.name.replace('_', ' ')}: {flag.message}")

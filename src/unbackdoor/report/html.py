@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from unbackdoor.evaluation.assessment import Rate
 from unbackdoor.evaluation.checks import FLAGS
 from unbackdoor.report import plots, wording
+from unbackdoor.report.audit_html import score_figure
 from unbackdoor.report.page import Figure, template
 from unbackdoor.report.record import Report
 from unbackdoor.types import Phase
@@ -30,6 +31,8 @@ def render(report: Report) -> str:
         evidence={figure.name: figure for figure in _evidence_figures(report)},
         canaries=_canary_figure(report),
         foretold=wording.foretold(report),
+        audits=_audit_figures(report),
+        audited=wording.audited(report),
         limits=wording.limits(report),
         inside=_inside_figures(report),
     )
@@ -148,6 +151,15 @@ def _canary_figure(report: Report) -> Figure | None:
         "; ".join(f"{name.capitalize()}: {_rate(p)} planted, {_rate(left)} left" for name, p, left in rows) + ".",
         (("ring before", "planted in a copy"), ("disc after", "left in it after the same removal")),
     )
+
+
+def _audit_figures(report: Report) -> list[Figure]:
+    """The score of each class before and after."""
+    if report.audit is None:
+        return []
+    names = [report.class_name(i) for i in range(report.samples.num_classes)]
+    found = {"before": report.audit.before, "after": report.audit.after}
+    return [score_figure(f, report.audit.calibration, names, which) for which, f in found.items() if f is not None]
 
 
 def _inside_figures(report: Report) -> list[Figure]:

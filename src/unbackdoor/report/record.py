@@ -18,6 +18,7 @@ from unbackdoor.evaluation.canaries import CanaryTest
 from unbackdoor.evaluation.checks import Flag
 from unbackdoor.evaluation.verdict import Verdict
 from unbackdoor.evaluation.weights import WeightChange
+from unbackdoor.report.audit_finding import RemovalAudit
 from unbackdoor.types import InputKind, Trace
 
 #: Raised by one whenever a field changes its meaning, goes away, or is no longer optional.
@@ -192,6 +193,7 @@ class Report(Record):
     flags: tuple[Flag, ...] = ()
     attack: KnownAttack | None = None
     canaries: CanaryTest | None = None
+    audit: RemovalAudit | None = None
     notes: tuple[str, ...] = ()
 
     def save(self, path: Path | str, *, force: bool = False) -> Path:

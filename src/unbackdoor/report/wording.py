@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unbackdoor.evaluation.verdict import GONE_BELOW
+from unbackdoor.report.audit_finding import AuditFinding
 from unbackdoor.report.record import Report
 
 
@@ -82,6 +83,27 @@ def foretold(report: Report) -> str | None:
     if absent:
         text += f" {_count(absent, 'more')} did not take and {'says' if absent == 1 else 'say'} nothing."
     return text
+
+
+def audited(report: Report) -> str | None:
+    """What the audit found before and after, in a few sentences; None without one."""
+    if report.audit is None:
+        return None
+    before, after = report.audit.before, report.audit.after
+    threshold = report.audit.calibration.threshold
+    text = f"Audit before: {_evidence(before, report)}."
+    if after is None:
+        return f"{text} Audit after: not possible."
+    text += f" Audit after: {_evidence(after, report)}. The threshold is {threshold:.2f}"
+    known = len(report.audit.calibration.clean)
+    return f"{text}; it comes from {known} clean networks as they were trained, not from cleaned ones."
+
+
+def _evidence(found: AuditFinding, report: Report) -> str:
+    name = report.class_name(found.suspect)
+    if found.found:
+        return f"evidence of a backdoor towards class {name} (score {found.statistic:.2f})"
+    return f"no evidence found, which is no proof (highest score {found.statistic:.2f}, class {name})"
 
 
 def _count(number: int, what: str) -> str:
