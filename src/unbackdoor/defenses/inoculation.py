@@ -174,23 +174,23 @@ class _Search:
         """Learning rates, the chosen one first and gentler ones behind it, by trials of half the length."""
         gentle, *harsher = self.settings.lrs
         before = self._skill(self.given, held_out)
-        values["held-out skill before"] = before.mean().item()
+        values["held-out skill before"] = before
         lrs, best = self._gentler(gentle), None
         while lrs and best is None:
             best = self._trial(lrs[0], samples, held_out)
-            if best is None or best.mean() < before.mean() / 2:
+            if best is None or best < before / 2:
                 self.notes.append(f"learning rate {lrs[0]:g} broke the network: a quarter of it was tried")
                 lrs, best, harsher = lrs[1:], None, []
         for lr in harsher:
             skill = self._trial(lr, samples, held_out)
-            if skill is None or best is None or best.mean() - skill.mean() > self.settings.tolerance:
+            if skill is None or best is None or best - skill > self.settings.tolerance:
                 break
-            lrs, best = [lr, *lrs], max(skill, best, key=lambda each: each.mean().item())
+            lrs, best = [lr, *lrs], max(skill, best)
         if best is not None:
-            values["held-out skill of the best trial"] = best.mean().item()
+            values["held-out skill of the best trial"] = best
         return lrs
 
-    def _trial(self, lr: float, samples: Samples, held_out: Samples) -> Tensor | None:
+    def _trial(self, lr: float, samples: Samples, held_out: Samples) -> float | None:
         """Its skill on the held-out samples; None where it diverged."""
         found = self._train(lr, samples, max(1, self.settings.images // 2), f"inoculate (trial, lr {lr:g})")
         if found is None:
@@ -213,10 +213,11 @@ class _Search:
         return model, Phase(name, tuple(epochs))
 
     @staticmethod
-    def _skill(model: nn.Module, samples: Samples) -> Tensor:
-        """(n,) float64 on the CPU: the probability of each true class."""
+    def _skill(model: nn.Module, samples: Samples) -> float:
+        """The mean probability of the true class."""
         labels = samples.labels.cpu()
-        return predict(model, samples, precision="auto").softmax(1).cpu().double().gather(1, labels[:, None])[:, 0]
+        probabilities = predict(model, samples, precision="auto").softmax(1).cpu().double()
+        return probabilities.gather(1, labels[:, None]).mean().item()
 
 
 def triggers_for(
