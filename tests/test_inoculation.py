@@ -225,7 +225,7 @@ def learned() -> tuple[nn.Module, Samples]:
 def test_the_harshest_learning_rate_that_keeps_the_skill_is_taken() -> None:
     """Trials on the samples that are not held out; the training on all of them, from the given network."""
     model, clean = learned()
-    settings: dict[str, Any] = {"images": 400, "tolerance": 0.1, "step_cap": None}
+    settings: dict[str, Any] = {"images": 400, "max_loss": 0.3, "step_cap": None}
     searched = Inoculation(**settings, lrs=(1e-4, 2e-4, 30.0))(model, clean, Rng(0))
     assert searched.trace.values["learning rate"] == 2e-4
     assert [p.name for p in searched.trace.phases] == ["inoculate"]

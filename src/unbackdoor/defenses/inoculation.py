@@ -40,7 +40,7 @@ class Inoculation:
     Deviations: None.
 
     Costs: The training passes ``images`` clean samples once through a copy of the given network and twice through the
-    network, and the triggered ones a third time where they are sharpened. Before it come trials of half the length: two
+    network, and the triggered ones a third time where they are sharpened. Before it come trials of half the length: one
     at least, as many as there are learning rates at most.
 
     Fails: With a trigger unlike all that is drawn. An attacker who trains with random triggers that do nothing beside
@@ -49,11 +49,12 @@ class Inoculation:
     samples it is not seen that a learning rate costs a few points.
 
     Attributes:
-        lrs: peak learning rates of AdamW, one-cycle, from gentle to harsh. Trials go up while the held-out samples do
-            not show that the next one costs skill. A single one is not tried first.
+        lrs: peak learning rates of AdamW, one-cycle, from gentle to harsh. Trials go up while that costs hardly any
+            skill on the held-out samples. A single one is not tried first.
         images: clean samples that pass in the training, in whole epochs, at most 300 of them.
         held_out: share of the clean samples, by class, that tells what a trial cost. The training itself has them all.
-        tolerance: what a trial may cost against the best so far, as mean probability of the true class.
+        max_loss: what any but the gentlest may cost on the held-out samples, as mean probability of the true class
+            against that of the given network.
         batch_size: a step, before their triggered copies.
         shrink: how far decoupled weight decay shrinks, over a training, a weight that no gradient holds: by
             exp(−shrink).
@@ -73,7 +74,7 @@ class Inoculation:
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
     images: int = 12_000
     held_out: float = 0.2
-    tolerance: float = 0.01
+    max_loss: float = 0.06
     batch_size: int = 32
     shrink: float = 0.1
     step_cap: float | None = 0.5
@@ -94,7 +95,7 @@ class Inoculation:
             raise ConfigError(f"images must be at least 1, not {self.images}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out must lie between 0 and 1, not {self.held_out}")
-        for name in ("shrink", "triggered", "labels", "distill", "tolerance"):
+        for name in ("shrink", "triggered", "labels", "distill", "max_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a finite number, at least 0, not {getattr(self, name)}")
         if not self.kinds or any(kind not in get_args(ImageKind) for kind in self.kinds):
@@ -182,12 +183,15 @@ class _Search:
                 self.notes.append(f"learning rate {lrs[0]:g} broke the network: a quarter of it was tried")
                 lrs, best, harsher = lrs[1:], None, []
         for lr in harsher:
-            skill = self._trial(lr, samples, held_out)
-            if skill is None or best is None or best - skill > self.settings.tolerance:
+            # Where the gentlest costs skill already, nothing is left to spend on a harsher one.
+            if best is None or before - best > self.settings.max_loss:
                 break
-            lrs, best = [lr, *lrs], max(skill, best)
+            skill = self._trial(lr, samples, held_out)
+            if skill is None or before - skill > self.settings.max_loss:
+                break
+            lrs, best = [lr, *lrs], skill
         if best is not None:
-            values["held-out skill of the best trial"] = best
+            values["held-out skill of the chosen trial"] = best
         return lrs
 
     def _trial(self, lr: float, samples: Samples, held_out: Samples) -> float | None:
