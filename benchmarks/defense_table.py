@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from attack_table import ATTACKS
+from auto_split import JUDGED_ON
 from unbackdoor import specs
 from unbackdoor.data.named import dataset_info
 from unbackdoor.evaluation.metrics import der
@@ -135,9 +136,15 @@ def tables(records: Path) -> dict[str, str]:
         summary = (summary_row(m, [r for r in of_budget if r["method"] == m], leaderboard) for m in methods)
         attacks = [a for a in ATTACKS if a is not None and any(r["attack"] == a for r in of_budget)]
         each = (victim_row(a, [r for r in of_budget if r["attack"] == a], methods) for a in attacks)
+        unseen = [r for r in of_budget if r["attack"] is not None and specs.parse(r["attack"])[0] in JUDGED_ON]
+        judged = (
+            summary_row(m, rows, leaderboard) for m in methods if (rows := [r for r in unseen if r["method"] == m])
+        )
         made += [
             f"**{budget:.0%} clean samples.** Means over the victims.",
             markdown(HEADS, summary),
+            "Means over the attacks alone that our own method was not developed on.",
+            markdown(HEADS, judged),
             "ASR left on each victim.",
             markdown(("victim", "before", *(f"`{m}`" for m in methods)), each),
         ]

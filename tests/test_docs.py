@@ -13,6 +13,7 @@ import typer
 
 import attack_table
 import audit_tables
+import defense_table
 import ntk_tables
 import real_runs
 import trigger_speed
@@ -181,12 +182,13 @@ def test_the_presets_of_seam_are_shown_as_they_are() -> None:
     ("benchmark", "page"),
     [
         (real_runs, "docs/results.md"),
+        (defense_table, "docs/results.md"),
         (trigger_speed, "docs/attacks.md"),
         (attack_table, "docs/attacks.md"),
         (ntk_tables, "docs/analysis.md"),
         (audit_tables, "docs/evidence.md"),
     ],
-    ids=["real runs", "trigger speed", "attacks", "forgetting", "audit"],
+    ids=["real runs", "defenses", "trigger speed", "attacks", "forgetting", "audit"],
 )
 def test_the_tables_are_what_the_records_say(benchmark: Any, page: str) -> None:
     for name, table in benchmark.tables(ROOT / "benchmarks" / "records").items():
@@ -195,7 +197,7 @@ def test_the_tables_are_what_the_records_say(benchmark: Any, page: str) -> None:
 
 def test_the_marks_for_results_are_there() -> None:
     marks = re.findall(r"<!-- table: (\S+) -->", text("docs/results.md"))
-    assert marks == ["mnist", "cifar10", "third-party", "fit-speed", "scratch"]
+    assert marks == ["mnist", "cifar10", "defenses", "third-party", "fit-speed", "scratch"]
 
 
 def test_the_page_on_attacks_has_a_row_for_each() -> None:
