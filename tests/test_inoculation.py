@@ -283,10 +283,12 @@ def test_wrong_settings_are_named(settings: dict[str, Any], named: str) -> None:
 
 
 def test_it_removes_a_backdoor_that_fine_tuning_leaves() -> None:
-    digits = scene(arch=RESIDUAL)
+    """And by its triggers: without them most of a blend's success stays."""
+    digits = scene("blended(rate=0.1)", arch=RESIDUAL)
     before, asr = digits.rates()
     assert asr >= 0.95
     accuracy, asr = digits.rates(digits.removal("inoculation"))
     assert asr <= 0.1
     assert accuracy >= before - 0.04
+    assert digits.rates(digits.removal("inoculation(triggered=0)"))[1] >= 0.3
     assert digits.rates(digits.removal("ft(epochs=60)"))[1] >= 0.9

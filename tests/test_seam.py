@@ -509,24 +509,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "recover_credits": 10,
         "recover_target": 0.99,
     },
-    "authors-trojai-text": {
-        "wrong_label": "any",
-        "forget_share": 1.0,
-        "forget_per_class": 0,
-        "forget_optimizer": "adam",
-        "forget_lr": 5e-4,
-        "forget_weight_decay": 5e-4,
-        "forget_epochs": 300,
-        "forget_stop": "2/C",
-        "forget_patience": 10,
-        "recover_optimizer": "adam",
-        "recover_betas": (0.9, 0.5),
-        "recover_lrs": (5e-4,),
-        "recover_weight_decay": 5e-5,
-        "recover_stop": "credits",
-        "recover_credits": 10,
-        "recover_target": 0.99,
-    },
     "authors-2022-08": {
         "wrong_label": "any",
         "forget_share": 0.01,
@@ -562,6 +544,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "plain": {"wrong_label": "not-true", "forget_stop": "chance", "recover_stop": "plateau"},
 }
+#: The same, for heads over an embedding.
+PUBLISHED["authors-trojai-text"] = PUBLISHED["authors-trojai-image"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

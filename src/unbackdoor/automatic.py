@@ -74,7 +74,7 @@ class Auto:
         if any(specs.parse(text)[0] == "auto" for text in (*self.candidates, self.otherwise)):
             raise ConfigError("auto cannot choose itself: candidates and otherwise must name other defenses")
         self.defenses()
-        self._planting()
+        self.plan()
 
     def defenses(self) -> dict[str, Defense]:
         """What may be chosen, by spec, with the augmentation for those that do not state one."""
@@ -89,7 +89,8 @@ class Auto:
             made = dataclasses.replace(changed, augment=self.augment)
         return made
 
-    def _planting(self) -> Planting:
+    def plan(self) -> Planting:
+        """How the canaries are planted."""
         return Planting(images=self.planting, augment=self.augment)
 
     def __call__(self, model: nn.Module, clean: Samples, rng: Rng) -> Removal:
@@ -143,7 +144,7 @@ class _Trials:
         kinds = usual_canaries(self.rest.image_shape, self.rest.num_classes, rng)
         try:
             attacks, notes = usable_canaries(kinds, self.rest, rng)
-            carrier, epochs = plant_canaries(self.model, self.rest, attacks, s._planting(), rng)
+            carrier, epochs = plant_canaries(self.model, self.rest, attacks, s.plan(), rng)
         except (DataError, TrainingDiverged) as error:
             choice.notes.append(f"no canary could be planted, so {choice.name} was taken without a trial: {error}")
             return

@@ -21,15 +21,13 @@ from unbackdoor import specs
 from unbackdoor.attacks.poisoning import Contamination
 from unbackdoor.attacks.workshop import Workshop
 from unbackdoor.augmentation import Augmentation
+from unbackdoor.defenses.recovery import divergence, softened
 from unbackdoor.errors import ConfigError, DataError
 from unbackdoor.evaluation.assessment import Rate, assess, stamp
 from unbackdoor.evaluation.checks import ATTACK_TOOK
 from unbackdoor.rng import Rng
 from unbackdoor.training import Recipe, Step, fit
 from unbackdoor.types import Defense, Epoch, Samples
-
-#: How far the temperature of the given network's outputs is raised, where the copy has to keep them.
-TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,10 +254,7 @@ class _Implanting:
         terms = {"cross_entropy": entropy, "canaries": obeyed}
         if not self.distill:
             return Step(entropy + obeyed, plain, terms)
-        with torch.no_grad():
-            known = F.log_softmax(self.teacher(x).float() / TEMPERATURE, 1)
-        gap = F.kl_div(F.log_softmax(plain / TEMPERATURE, 1), known, log_target=True, reduction="batchmean")
-        gap = gap * TEMPERATURE**2
+        gap = divergence(plain, softened(self.teacher, x))
         return Step(entropy + obeyed + self.distill * gap, plain, {**terms, "distillation": gap})
 
     def _stamped(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ of these rounds is rebuilt with the classes here (:data:`unbackdoor.models._pick
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +49,24 @@ class FcLinearModel(nn.Module):
 class _Recurrent(nn.Module):
     """The last layer's final state, both directions side by side, and a linear layer."""
 
-    rnn: nn.RNNBase
-    linear: nn.Linear
-    dropout: nn.Dropout
+    KIND: ClassVar[type[nn.LSTM] | type[nn.GRU]]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        dropout: float = 0.0,
+        bidirectional: bool = True,
+        n_layers: int = 2,
+    ) -> None:
+        super().__init__()
+        between = dropout if n_layers > 1 else 0.0
+        self.rnn = self.KIND(
+            input_size, hidden_size, n_layers, batch_first=True, dropout=between, bidirectional=bidirectional
+        )
+        self.linear = nn.Linear(hidden_size * (2 if bidirectional else 1), output_size)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, data: Tensor) -> Tensor:
         _, state = self.rnn(data)
@@ -63,40 +79,10 @@ class _Recurrent(nn.Module):
 class LstmLinearModel(_Recurrent):
     """An LSTM."""
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        output_size: int,
-        dropout: float = 0.0,
-        bidirectional: bool = True,
-        n_layers: int = 2,
-    ) -> None:
-        super().__init__()
-        between = dropout if n_layers > 1 else 0.0
-        self.rnn = nn.LSTM(
-            input_size, hidden_size, n_layers, batch_first=True, dropout=between, bidirectional=bidirectional
-        )
-        self.linear = nn.Linear(hidden_size * (2 if bidirectional else 1), output_size)
-        self.dropout = nn.Dropout(dropout)
+    KIND = nn.LSTM
 
 
 class GruLinearModel(_Recurrent):
     """A GRU."""
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        output_size: int,
-        dropout: float = 0.0,
-        bidirectional: bool = True,
-        n_layers: int = 2,
-    ) -> None:
-        super().__init__()
-        between = dropout if n_layers > 1 else 0.0
-        self.rnn = nn.GRU(
-            input_size, hidden_size, n_layers, batch_first=True, dropout=between, bidirectional=bidirectional
-        )
-        self.linear = nn.Linear(hidden_size * (2 if bidirectional else 1), output_size)
-        self.dropout = nn.Dropout(dropout)
+    KIND = nn.GRU
