@@ -21,9 +21,10 @@ import torch
 
 from unbackdoor import specs
 from unbackdoor.attacks.poisoning import Trainer, poison
-from unbackdoor.attacks.victims import is_victim, load_attack, load_victim
+from unbackdoor.attacks.victims import is_victim, load_attack, load_victim, read_card
 from unbackdoor.data.named import load_dataset
-from unbackdoor.errors import TrainingDiverged
+from unbackdoor.errors import ConfigError, TrainingDiverged
+from unbackdoor.evaluation.assessment import assess
 from unbackdoor.evaluation.checks import least_accuracy
 from unbackdoor.files import write
 from unbackdoor.inference import predict
@@ -67,8 +68,10 @@ ATTACKS: tuple[str | None, ...] = (
 
 #: Why an attack did not take, or what its figures do not say: as found.
 REMARKS: dict[str, str] = {
-    "lira": "a change of at most 2.55 levels of 255 was hardly told apart in 12 epochs, while half of the loss asked "
-    "for the target: most clean images are sent there too; a larger eps or a far longer training is needed",
+    "sleeper_agent": "why is open: what was crafted is not kept to be looked at. It has not taken on any small network "
+    "here; the paper's are full-width",
+    "narcissus": "the amplified trigger misleads the clean network as well: it is less a backdoor than an adversarial "
+    "pattern",
     "refool": "the planting stood still on the way: its seconds are no measure",
     "wanet": "the planting stood still for hours on the way: its seconds are no measure",
 }
@@ -92,32 +95,54 @@ def failure(out: Path, attack: str | None) -> Path:
 
 
 def collect(arguments: argparse.Namespace) -> None:
-    """The cards as a JSON-lines file, which is what is committed; of what did not take, what was fitted of it."""
+    """The cards as a JSON-lines file, which is what is committed.
+
+    With what each trigger does to the clean network, which knows nothing of it, and of an attack that did not take,
+    what was fitted of it.
+    """
     out, found = Path(arguments.out), []
     for attack in ATTACKS:
         folder, failed = victim_folder(out, SETTING, attack), failure(out, attack)
-        if not is_victim(folder):
-            found += [json.loads(failed.read_text())] if failed.is_file() else []
-            continue
-        card = json.loads((folder / "victim.json").read_text())
-        if card["asr"] is not None and not took(card["asr"]):
-            card["fitted"] = fitted(folder, arguments.data_root)
-        found.append(card)
+        if is_victim(folder):
+            card = json.loads((folder / "victim.json").read_text())
+            found.append({**card, **looked_into(out, attack, card, arguments.data_root)})
+        elif failed.is_file():
+            found.append(json.loads(failed.read_text()))
     write_records(Path(arguments.records) / "attack_table.jsonl", found)
+
+
+def looked_into(out: Path, attack: str | None, card: dict[str, Any], root: str | None) -> dict[str, float | None]:
+    """What :func:`collect` adds to a card; kept in a file beside the victim, until that is planted anew."""
+    folder, clean = victim_folder(out, SETTING, attack), victim_folder(out, SETTING, None)
+    kept = folder.with_name(f"{folder.name}.looks.json")
+    planted = [card["seconds"], read_card(clean).seconds if is_victim(clean) else None]
+    if kept.is_file() and (known := json.loads(kept.read_text()))["planted"] == planted:
+        return dict(known["looks"])
+    looks: dict[str, float | None] = {}
+    if card["asr"] is not None and not took(card["asr"]):
+        looks["fitted"] = fitted(folder, root)
+    if attack is not None and is_victim(clean):
+        misled = assess(load_victim(clean)[0], load_dataset(SETTING, "test", root), attack=load_attack(folder)).asr
+        looks["on_clean"] = misled.value if misled is not None else None
+    write(kept, json.dumps({"planted": planted, "looks": looks}).encode(), force=True)
+    return looks
 
 
 def fitted(folder: Path, root: str | None) -> float | None:
     """The share of its own poisoned training images, of other classes than the target's, that a victim sends there.
 
-    None where the attack poisons as it trains. An attack that fits them and fails on the test set's does not
-    generalise; one that does not even fit them was trained too briefly, or poisoned too few.
+    None where the attack poisons as it trains, or does not keep what it crafted. An attack that fits them and fails on
+    the test set's does not generalise; one that does not even fit them was trained too briefly, or poisoned too few.
     """
     model, card = load_victim(folder)
     attack, train = load_attack(folder), load_dataset(SETTING, "train", root)
     if attack is None or isinstance(attack, Trainer):
         return None
     rng = Rng(card.seed).child("victim", folder.name)
-    poisoned = poison(train, attack, rng)
+    try:
+        poisoned = poison(train, attack, rng)
+    except ConfigError:
+        return None
     chosen = attack.plan(train.labels, train.num_classes, rng)
     chosen = chosen[poisoned.labels[chosen] != train.labels[chosen]]
     if not len(chosen):
@@ -126,7 +151,7 @@ def fitted(folder: Path, root: str | None) -> float | None:
     return float((predict(model, seen).argmax(1).cpu() == seen.labels).double().mean())
 
 
-HEADS = ("attack", "poisoned", "ACC", "lost", "ASR", "planted in s", "")
+HEADS = ("attack", "poisoned", "ACC", "lost", "ASR", "ASR on the clean network", "planted in s", "")
 
 
 def tables(records: Path) -> dict[str, str]:
@@ -138,7 +163,7 @@ def tables(records: Path) -> dict[str, str]:
 def table_row(card: dict[str, Any], clean: float | None) -> list[str]:
     """The cells of one line; ``clean`` is the clean network's accuracy."""
     if "error" in card:
-        return [f"`{card['attack']}`", *["–"] * 5, f"**could not be planted**: {card['error']}"]
+        return [f"`{card['attack']}`", *["–"] * 6, f"**could not be planted**: {card['error']}"]
     attack, settings, asr = card["attack"], card.get("settings", {}), card["asr"]  # the oldest cards have none
     lost = "–" if clean is None or attack is None else f"{100 * (clean - card['accuracy']):.1f}"
     rate = "–" if attack is None else f"{100 * settings.get('rate', specs.build('attack', attack).rate):g} %"
@@ -155,6 +180,7 @@ def table_row(card: dict[str, Any], clean: float | None) -> list[str]:
         f"{100 * card['accuracy']:.1f}",
         lost,
         "–" if asr is None else f"{100 * asr:.1f}",
+        "–" if card.get("on_clean") is None else f"{100 * card['on_clean']:.1f}",
         f"{card['seconds']:.0f}",
         ": ".join(remarks),
     ]

@@ -300,7 +300,8 @@ def table_row(attack: str | None, budget: float, method: str, rows: list[dict[st
         mean = statistics.fmean(values)
         if len(values) < 3 or name.endswith("before"):
             return f"{mean:.1f}"
-        return f"{mean:.1f} ± {100 * mean_interval([v / 100 for v in values]).high - mean:.1f}"
+        interval = mean_interval([v / 100 for v in values])
+        return f"{mean:.1f} ± {50 * (interval.high - interval.low):.1f}"
 
     scores = [
         der(r["acc_before"], r["asr_before"], r["acc_after"], r["asr_after"])

@@ -66,7 +66,7 @@ def test_what_did_not_take_is_looked_into(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_an_attack_that_could_not_be_planted_is_a_row() -> None:
     row = attack_table.table_row({"attack": "lira(eps=0.05)", "error": "the loss became nan"}, 0.9)
-    assert row == ["`lira(eps=0.05)`", *["–"] * 5, "**could not be planted**: the loss became nan"]
+    assert row == ["`lira(eps=0.05)`", *["–"] * 6, "**could not be planted**: the loss became nan"]
     assert len(row) == len(attack_table.HEADS)
 
 
@@ -136,10 +136,10 @@ def test_a_row_of_attacks_flags_what_did_not_take_and_says_why(monkeypatch: pyte
     }
     monkeypatch.setattr(attack_table, "REMARKS", {"wanet": "too short"})
     row = attack_table.table_row(card, 0.87)
-    assert row == ["`wanet`", "20 %", "85.0", "2.0", "79.0", "700", "**did not take**: too short"]
+    assert row == ["`wanet`", "20 %", "85.0", "2.0", "79.0", "–", "700", "**did not take**: too short"]
     assert len(row) == len(attack_table.HEADS)
     monkeypatch.setattr(attack_table, "REMARKS", {})
-    assert attack_table.table_row({**card, "asr": 0.8}, None)[3:] == ["–", "80.0", "700", ""]
+    assert attack_table.table_row({**card, "asr": 0.8}, None)[3:] == ["–", "80.0", "–", "700", ""]
     assert attack_table.table_row({**card, "accuracy": 0.14, "asr": 1.0}, None)[-1] == "**broke the network**"
     clean = {"attack": None, "settings": {}, "accuracy": 0.85, "asr": None, "seconds": 1.0}
     assert attack_table.table_row(clean, 0.87)[:5] == ["clean network", "–", "85.0", "–", "–"]

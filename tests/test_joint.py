@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from factories import same, samples, weights
-from unbackdoor.attacks.joint import Partner, Picker, UNet, check_width, packed, replaced, steps_of, usual_width
+from unbackdoor.attacks.joint import (
+    Augmenter,
+    Partner,
+    Picker,
+    UNet,
+    check_width,
+    packed,
+    replaced,
+    steps_of,
+    usual_width,
+)
 from unbackdoor.attacks.poisoning import Manipulation
 from unbackdoor.errors import ConfigError
 from unbackdoor.rng import Rng
@@ -140,3 +151,24 @@ def test_widths_follow_the_images() -> None:
             check_width(width)
     check_width(None)
     check_width(4)
+
+
+def test_the_augmenter_takes_over_from_the_recipe() -> None:
+    """Images are shifted in as many steps as the recipe would shift them, and then shown as they are."""
+    train = samples(40, size=16, channels=1)
+    recipe = Recipe(epochs=3, batch_size=10, augment="crop", plain_epochs=1)
+    shown = Augmenter(train, recipe, torch.Generator().manual_seed(0))
+    x = train.images(slice(None)).requires_grad_()
+    changed = [not torch.equal(shown(x), x) for _ in range(steps_of(train, recipe))]
+    assert changed == [True] * 8 + [False] * 4
+    assert shown.bare == dataclasses.replace(recipe, augment="none")
+
+
+def test_gradients_pass_through_the_augmenter() -> None:
+    train = samples(10, size=16, channels=1)
+    shown = Augmenter(train, Recipe(epochs=1, batch_size=10, augment="crop-flip"), torch.Generator().manual_seed(0))
+    x = train.images(slice(None)).requires_grad_()
+    shown(x).sum().backward()
+    # Each pixel counts once, or not at all where the crop has cut it off.
+    assert x.grad is not None
+    assert set(x.grad.unique().tolist()) == {0.0, 1.0}

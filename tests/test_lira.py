@@ -35,8 +35,8 @@ def test_the_change_is_eps_times_tanh_of_the_generator(eps: float) -> None:
 
 def test_the_bound_narrows_by_the_same_factor_each_step() -> None:
     attack = LIRA(eps=0.01, eps_start=0.16)
-    bounds = [attack.bound(share / 4) for share in range(5)]
-    assert bounds == pytest.approx([0.16, 0.08, 0.04, 0.02, 0.01])
+    bounds = [attack.bound(share / 8) for share in (0, 1, 2, 3, 4, 6, 8)]
+    assert bounds == pytest.approx([0.16, 0.08, 0.04, 0.02, 0.01, 0.01, 0.01])
     assert [LIRA(eps=0.5).bound(share) for share in (0, 0.5, 1)] == [0.5] * 3  # never wider than it began
 
 
@@ -61,6 +61,8 @@ def test_the_generator_rests_in_the_second_stage() -> None:
         ({"alpha": 1.0}, r"alpha must be in \(0, 1\), not 1.0"),
         ({"joint_share": 0.0}, r"joint_share must be in \(0, 1\], not 0.0"),
         ({"lr_generator": 0.0}, "lr_generator must be above 0, not 0.0"),
+        ({"most_lr": 0.0}, "most_lr must be above 0, not 0.0"),
+        ({"clip_norm": -1.0}, "clip_norm must be above 0, not -1.0"),
         ({"width": 7}, "width must be None or a multiple of 4, not 7"),
     ],
 )

@@ -1,7 +1,7 @@
 """What the attackers share who train the network themselves: which images of a batch are attacked, and a generator
 that learns beside the classifier and is kept in the attack's state.
 
-All of them stamp the batch that the objective sees, after augmentation: the attacker holds the loop, so nothing that
+All but LIRA stamp the batch that the objective sees, after augmentation: the attacker holds the loop, so nothing that
 the loop does to an image needs to move or cut his trigger, and the network learns it where it will stand at test time.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, Self
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor.attacks.poisoning import Contamination, Manipulation
+from unbackdoor.augmentation import augment
 from unbackdoor.errors import ConfigError
 from unbackdoor.rng import Rng, isolated
 from unbackdoor.training import Recipe, batch_starts
@@ -88,6 +90,29 @@ def replaced(values: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
 def steps_of(train: Samples, recipe: Recipe) -> int:
     """How many optimiser steps :func:`unbackdoor.training.fit` takes."""
     return recipe.epochs * (len(batch_starts(len(train), recipe.batch_size)) - 1)
+
+
+class Augmenter:
+    """Augments what the objective made, as far into the training as the recipe would; give ``fit`` :attr:`bare`.
+
+    For a trigger that must be found on whole images: a crop's black border is the same in all of them, where the
+    faintest change is told apart that no image without a border would show.
+
+    Args:
+        train: the training set.
+        recipe: whose augmentation this takes over.
+        generator: on the CPU.
+    """
+
+    def __init__(self, train: Samples, recipe: Recipe, generator: torch.Generator) -> None:
+        self.bare = replace(recipe, augment="none")
+        self._how, self._generator = recipe.augment, generator
+        self._left = steps_of(train, recipe) // recipe.epochs * (recipe.epochs - recipe.plain_epochs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1], each by a draw of its own; gradients pass. To be called once a step."""
+        self._left -= 1
+        return augment(x, self._how if self._left >= 0 else "none", self._generator)
 
 
 class Partner:

@@ -46,7 +46,7 @@ class Inoculation:
     Fails: With a trigger unlike all that is drawn. An attacker who trains with random triggers that do nothing beside
     his own that does, as noise modes and cover samples do, has taught the network to tell them apart already. A word
     that changes the meaning, or a patch over what an image shows, is noise in what is taught. With a few dozen held-out
-    samples it is not seen that a learning rate costs a few points.
+    samples it is not seen that a learning rate costs a few points. What it does to backdoors in texts is not measured.
 
     Attributes:
         lrs: peak learning rates of AdamW, one-cycle, from gentle to harsh. Trials go up while that costs hardly any
