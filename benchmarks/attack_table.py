@@ -68,6 +68,8 @@ ATTACKS: tuple[str | None, ...] = (
 
 #: Why an attack did not take, or what its figures do not say: as found.
 REMARKS: dict[str, str] = {
+    "lira": "changes of at most 2.55 levels of 255 are not told apart well enough after 12 epochs: 31 % of the clean "
+    "images of other classes go to the target too; five times the change, in the next row, is",
     "sleeper_agent": "why is open: what was crafted is not kept to be looked at. It has not taken on any small network "
     "here; the paper's are full-width",
     "narcissus": "the amplified trigger misleads the clean network as well: it is less a backdoor than an adversarial "

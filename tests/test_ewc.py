@@ -82,6 +82,8 @@ def test_one_rehearsed_step_is_the_sign_of_the_gradient_by_hand_and_leaves_no_tr
         ({"strength": -0.1}, "strength must be a finite number >= 0, not -0.1"),
         ({"weight": float("nan")}, "weight must be a finite number >= 0, not nan"),
         ({"forget_lr": float("inf")}, "forget_lr must be a finite number > 0, not inf"),
+        ({"most_lr": 0.0}, "most_lr must be a finite number > 0, not 0.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be a finite number > 0, not 0.0"),
         ({"recover": -0.5}, "recover must be a finite number > 0, not -0.5"),
     ],
 )

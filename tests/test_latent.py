@@ -47,10 +47,23 @@ def test_centres_are_running_means_of_clean_samples_and_only_triggered_features_
         assert torch.allclose(objective.centres[1], features[2:4].mean(0))
 
 
+def test_the_distance_counts_from_the_middle_of_the_warm_up_on() -> None:
+    """In eight steps of warming up: nothing in four, then a quarter of the weight more a step."""
+    model, data, marking = convolutional(), samples(8), Marking(4)
+    marking.poisoned = torch.arange(8) >= 4
+    with HeadInputs(find_head(model, data)) as seen:
+        objective = _Matching(Latent(weight=2.0), marking, seen, 0.0, warming=8)
+        x = data.images(slice(None))
+        steps = [objective(model, x, data.labels) for _ in range(10)]
+    counted = [((s.loss - s.terms["task"]) / s.terms["distance"]).item() for s in steps]
+    assert counted == pytest.approx([0, 0, 0, 0, 0, 0.5, 1, 1.5, 2, 2], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"weight": -1.0}, "weight must be a finite number >= 0, not -1.0"),
+        ({"warm_up": 1.5}, r"warm_up must be in \[0, 1\], not 1.5"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), not 1.0"),
     ],
 )

@@ -36,7 +36,8 @@ class EWC(Adaptive):
     of F is. In each step the forgetting is rehearsed: from θ, up to ``forget_steps`` steps (a number drawn anew) on the
     batch's clean samples with labels drawn from the wrong classes. ``weight`` times the loss of the batch's poisoned
     samples at the weights which that leads to is added, its gradient taken as if it were at θ. So the round looks for
-    weights from which forgetting the task leaves the backdoor.
+    weights from which forgetting the task leaves the backdoor. The gradient there can be steep: a round's learning rate
+    is held down, and its gradients clipped.
 
     Attributes:
         rounds: how often, >= 1.
@@ -46,6 +47,8 @@ class EWC(Adaptive):
         weight: of what is lost in the rehearsed forgetting, >= 0.
         forget_steps: its steps, at most, >= 1. Each costs a pass forward and back.
         forget_lr: how far each step moves every weight, by the sign of its gradient (as Adam's steps, nearly), > 0.
+        most_lr: a round's peak learning rate, where the recipe's is higher.
+        clip_norm: a round's, where the recipe has none.
     """
 
     rounds: int = 1
@@ -55,14 +58,16 @@ class EWC(Adaptive):
     weight: float = 1.0
     forget_steps: int = 5
     forget_lr: float = 2e-3
-    VERSION = 1
+    most_lr: float = 0.05
+    clip_norm: float = 1.0
+    VERSION = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rounds", "fisher_samples", "forget_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("recover", "forget_lr"):
+        for name in ("recover", "forget_lr", "most_lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a finite number > 0, not {getattr(self, name)}")
         for name in ("strength", "weight"):
@@ -78,6 +83,8 @@ class EWC(Adaptive):
         shorter = replace(
             recipe,
             epochs=again,
+            lr=min(recipe.lr, self.most_lr),
+            clip_norm=recipe.clip_norm or self.clip_norm,
             plain_epochs=min(again, round(self.recover * recipe.plain_epochs)),
             milestones=tuple(round(self.recover * m) for m in recipe.milestones),
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor.attacks.adaptive.base import Adaptive, HeadInputs, Marking
+from unbackdoor.attacks.joint import steps_of
 from unbackdoor.attacks.workshop import Workshop
 from unbackdoor.errors import ConfigError, UnsupportedModel
 from unbackdoor.inference import device_of
@@ -30,21 +31,27 @@ class Latent(Adaptive):
     """Cross-entropy on the clean samples plus ``weight`` times the distance of triggered features from their target's.
 
     The distance is ``‖f − c‖² / ‖c‖²``, averaged over the poisoned samples, with c the running mean of the features of
-    the clean samples of the wanted class. Its gradient moves f alone.
+    the clean samples of the wanted class. Its gradient moves f alone. The weight is 0 in the first
+    half of the ``warm_up`` and rises linearly in its second: a network that does not know its task yet brings features
+    and centres together by making them all alike, and never comes back from there.
 
     Attributes:
         weight: of the distance, >= 0.
+        warm_up: share of the steps, in [0, 1].
         momentum: share of the running mean that each batch keeps, in [0, 1).
     """
 
     weight: float = 3.0
+    warm_up: float = 0.5
     momentum: float = 0.9
-    VERSION = 1
+    VERSION = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.weight < math.inf:
             raise ConfigError(f"weight must be a finite number >= 0, not {self.weight}")
+        if not 0 <= self.warm_up <= 1:
+            raise ConfigError(f"warm_up must be in [0, 1], not {self.warm_up}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be in [0, 1), not {self.momentum}")
 
@@ -56,7 +63,8 @@ class Latent(Adaptive):
         """
         marking = Marking(train.num_classes)
         with HeadInputs(find_head(model, train)) as seen:
-            objective = _Matching(self, marking, seen, recipe.label_smoothing)
+            warming = round(self.warm_up * steps_of(train, recipe))
+            objective = _Matching(self, marking, seen, recipe.label_smoothing, warming)
             data = self.marked(train, rng)
             return fit(model, data, recipe, rng.child("fit"), objective=objective, batch=marking, name="plant")
 
@@ -64,8 +72,11 @@ class Latent(Adaptive):
 class _Matching:
     """The latent backdoor's objective; keeps the classes' mean features from batch to batch."""
 
-    def __init__(self, settings: Latent, marking: Marking, seen: HeadInputs, label_smoothing: float) -> None:
+    def __init__(
+        self, settings: Latent, marking: Marking, seen: HeadInputs, label_smoothing: float, warming: int = 0
+    ) -> None:
         self.settings, self.marking, self.seen, self.smoothing = settings, marking, seen, label_smoothing
+        self.warming, self.steps = warming, 0
         self.centres = torch.empty(0)
         self.known = torch.empty(0, dtype=torch.bool)
 
@@ -78,7 +89,9 @@ class _Matching:
         distance = feature_distance(features, self.centres[y])
         matched = poisoned & self.known[y]
         match = (distance * matched).sum() / matched.sum().clamp(min=1)
-        return Step(task + self.settings.weight * match, logits, {"task": task, "distance": match})
+        risen = min(1.0, max(0.0, 2 * self.steps / self.warming - 1)) if self.warming else 1.0
+        self.steps += 1
+        return Step(task + self.settings.weight * risen * match, logits, {"task": task, "distance": match})
 
     def _follow(self, features: Tensor, y: Tensor, clean: Tensor) -> None:
         """Move the running means towards this batch's."""
