@@ -72,6 +72,8 @@ REMARKS: dict[str, str] = {
     "images of other classes go to the target too; five times the change, in the next row, is",
     "sleeper_agent": "why is open: what was crafted is not kept to be looked at. It has not taken on any small network "
     "here; the paper's are full-width",
+    "ewc": "the planting was held up on the way: its seconds are no measure",
+    "latent": "the planting was held up on the way: its seconds are no measure",
     "parameter_stealth": "why is open: its weights may not move by more than 30 % from a clean twin's",
     "narcissus": "the amplified trigger misleads the clean network as well: it is less a backdoor than an adversarial "
     "pattern",
