@@ -33,6 +33,9 @@ from victim_runs import markdown, part, plant_missing, read_records, show, took,
 
 SETTING = "cifar10"
 
+#: What an attack has to cost in accuracy for its clean answers to be looked into.
+GONE = 0.1
+
 #: None is the clean network. Each registered attack at its defaults; where those are known not to take, a setting that
 #: does beside them.
 ATTACKS: tuple[str | None, ...] = (
@@ -68,8 +71,8 @@ ATTACKS: tuple[str | None, ...] = (
 
 #: Why an attack did not take, or what its figures do not say: as found.
 REMARKS: dict[str, str] = {
-    "lira": "changes of at most 2.55 levels of 255 are not told apart well enough after 12 epochs: 31 % of the clean "
-    "images of other classes go to the target too; five times the change, in the next row, is",
+    "lira": "changes of at most 2.55 levels of 255 are not told apart well enough after 12 epochs; five times the "
+    "change, in the next row, is",
     "sleeper_agent": "why is open: what was crafted is not kept to be looked at. It has not taken on any small network "
     "here; the paper's are full-width",
     "ewc": "the planting was held up on the way: its seconds are no measure",
@@ -124,6 +127,8 @@ def looked_into(out: Path, attack: str | None, card: dict[str, Any], root: str |
     if kept.is_file() and (known := json.loads(kept.read_text()))["planted"] == planted:
         return dict(known["looks"])
     looks: dict[str, float | None] = {}
+    if attack is not None and is_victim(clean) and read_card(clean).accuracy - card["accuracy"] > GONE:
+        looks["astray"] = astray(folder, root)
     if card["asr"] is not None and not took(card["asr"]):
         looks["fitted"] = fitted(folder, root)
     if attack is not None and is_victim(clean):
@@ -131,6 +136,17 @@ def looked_into(out: Path, attack: str | None, card: dict[str, Any], root: str |
         looks["on_clean"] = misled.value if misled is not None else None
     write(kept, json.dumps({"planted": planted, "looks": looks}).encode(), force=True)
     return looks
+
+
+def astray(folder: Path, root: str | None) -> float | None:
+    """The share of the test images of other classes that go where the attacker wants without any trigger."""
+    (model, card), attack = load_victim(folder), load_attack(folder)
+    test = load_dataset(SETTING, "test", root)
+    if attack is None:
+        return None
+    wanted = attack.relabel(test.labels, card.num_classes)
+    foreign = wanted != test.labels
+    return float((predict(model, test).argmax(1).cpu() == wanted)[foreign].double().mean())
 
 
 def fitted(folder: Path, root: str | None) -> float | None:
@@ -177,6 +193,10 @@ def table_row(card: dict[str, Any], clean: float | None) -> list[str]:
         remarks = ["**broke the network**"]
     if card.get("fitted") is not None:
         remarks.append(f"of its own poisoned training images {card['fitted']:.0%} go where the attacker wants")
+    if card.get("astray") is not None:
+        remarks.append(
+            f"without a trigger {card['astray']:.0%} of the other classes' images go where the attacker wants"
+        )
     if attack in REMARKS:
         remarks.append(REMARKS[attack])
     return [

@@ -141,6 +141,8 @@ def test_a_row_of_attacks_flags_what_did_not_take_and_says_why(monkeypatch: pyte
     monkeypatch.setattr(attack_table, "REMARKS", {})
     assert attack_table.table_row({**card, "asr": 0.8}, None)[3:] == ["–", "80.0", "–", "700", ""]
     assert attack_table.table_row({**card, "accuracy": 0.14, "asr": 1.0}, None)[-1] == "**broke the network**"
+    said = attack_table.table_row({**card, "asr": 0.8, "astray": 0.31}, None)[-1]
+    assert said == "without a trigger 31% of the other classes' images go where the attacker wants"
     clean = {"attack": None, "settings": {}, "accuracy": 0.85, "asr": None, "seconds": 1.0}
     assert attack_table.table_row(clean, 0.87)[:5] == ["clean network", "–", "85.0", "–", "–"]
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from adaptive_runs import PLAIN, Planted, composed, planted
 from factories import Snapshot, convolutional, linear, samples
 from unbackdoor.attacks.adaptive.ewc import EWC, Spring, fisher, forgotten
+from unbackdoor.attacks.poisoning import implant
 from unbackdoor.errors import ConfigError
 from unbackdoor.rng import Rng
 from unbackdoor.training import Recipe, fit
@@ -115,3 +116,16 @@ def test_it_takes_and_outlasts_the_forgetting() -> None:
     assert skill[-1] < 0.5  # the task does go
     assert min(attack) > 0.8
     assert fmean(attack) > fmean(rates_while_forgetting(plain)[1]) + 0.2
+
+
+def test_a_round_is_gentle_and_the_planting_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Recipe] = []
+
+    def watched(model: Any, train: Any, recipe: Recipe, *rest: Any, **more: Any) -> Any:
+        taken.append(recipe)
+        return fit(model, train, recipe, *rest, **more)
+
+    monkeypatch.setattr("unbackdoor.attacks.adaptive.ewc.fit", watched)
+    recipe = Recipe(epochs=2, batch_size=20, lr=0.2, precision="fp32")
+    implant(EWC(rate=0.2), convolutional(), samples(40), recipe, Rng(0))
+    assert [(r.lr, r.clip_norm) for r in taken] == [(0.2, None), (0.05, 1.0)]

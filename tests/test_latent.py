@@ -12,10 +12,11 @@ from adaptive_runs import PLAIN, composed, planted
 from factories import Snapshot, convolutional, samples
 from unbackdoor.attacks.adaptive.base import HeadInputs, Marking
 from unbackdoor.attacks.adaptive.latent import Latent, _Matching, feature_distance, with_new_head
+from unbackdoor.attacks.poisoning import implant
 from unbackdoor.errors import ConfigError, UnsupportedModel
 from unbackdoor.models.surgery import find_head
 from unbackdoor.rng import Rng
-from unbackdoor.training import Recipe
+from unbackdoor.training import Recipe, fit
 from unbackdoor.types import Samples
 
 HEAD = Recipe(epochs=30, batch_size=64, optimizer="adam", lr=3e-3)
@@ -109,3 +110,16 @@ def test_it_takes_and_survives_a_new_head() -> None:
     survived, lost = (v.rates(with_new_head(v.model, user, HEAD, Rng(0)))[1] for v in (latent, plain))
     assert survived >= 0.95
     assert survived > lost + 0.05
+
+
+def test_half_of_the_steps_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    def watched(*given: Any, **more: Any) -> Any:
+        taken.append(more["objective"])
+        return fit(*given, **more)
+
+    monkeypatch.setattr("unbackdoor.attacks.adaptive.latent.fit", watched)
+    recipe = Recipe(epochs=4, batch_size=20, lr=0.01, precision="fp32")
+    implant(Latent(rate=0.2), convolutional(), samples(60), recipe, Rng(0))
+    assert [(o.warming, o.steps) for o in taken] == [(6, 12)]

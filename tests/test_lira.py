@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from unbackdoor.attacks.joint import UNet
 from unbackdoor.attacks.poisoning import implant
 from unbackdoor.errors import ConfigError
 from unbackdoor.rng import Rng
-from unbackdoor.training import Recipe
+from unbackdoor.training import Recipe, fit
 
 RECIPE = Recipe(epochs=4, batch_size=10, optimizer="adam", lr=1e-3, precision="fp32")
 
@@ -38,6 +39,39 @@ def test_the_bound_narrows_by_the_same_factor_each_step() -> None:
     bounds = [attack.bound(share / 8) for share in (0, 1, 2, 3, 4, 6, 8)]
     assert bounds == pytest.approx([0.16, 0.08, 0.04, 0.02, 0.01, 0.01, 0.01])
     assert [LIRA(eps=0.5).bound(share) for share in (0, 0.5, 1)] == [0.5] * 3  # never wider than it began
+
+
+def test_the_usual_recipe_is_made_gentle_and_leaves_the_crops_to_the_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Recipe] = []
+
+    def watched(model: Any, train: Any, recipe: Recipe, *rest: Any, **more: Any) -> Any:
+        taken.append(recipe)
+        return fit(model, train, recipe, *rest, **more)
+
+    monkeypatch.setattr("unbackdoor.attacks.image.lira.fit", watched)
+    usual = Recipe(epochs=1, batch_size=10, lr=0.2, augment="crop", precision="fp32")
+    implant(LIRA(), convolutional(), samples(20), usual, Rng(0))
+    implant(LIRA(), convolutional(), samples(20), replace(usual, lr=0.01, clip_norm=0.5), Rng(0))
+    assert taken == [replace(usual, lr=lr, clip_norm=clip, augment="none") for lr, clip in ((0.05, 1.0), (0.01, 0.5))]
+
+
+def test_a_crops_border_carries_no_trigger() -> None:
+    """What is stamped is cropped afterwards: a copy that was moved has a border of zeros, as a clean image has."""
+    seen: list[torch.Tensor] = []
+
+    class Watching(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach())
+            out: torch.Tensor = super().forward(x)
+            return out
+
+    model = Watching(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    recipe = Recipe(epochs=1, batch_size=20, lr=0.01, augment="crop", precision="fp32")
+    implant(LIRA(rate=0.75, eps=0.5), model, samples(20, size=16), recipe, Rng(0))
+    stamped = seen[0][20:]
+    assert len(stamped) == 15
+    edges = torch.stack([stamped[:, :, 0], stamped[:, :, -1], stamped[..., 0], stamped[..., -1]])
+    assert (edges == 0).flatten(2).all(2).any(0).sum() >= 12  # all but those that happen not to move
 
 
 def test_the_generator_rests_in_the_second_stage() -> None:
