@@ -1,6 +1,9 @@
 """Many small victims, planted and cleaned in one sweep that is killed on the way, and what is there at the end.
 
-    python benchmarks/sweep_models.py run --models 1000 --out runs/models --record benchmarks/records/sweep_models.json
+    python benchmarks/sweep_models.py run --models 10 --kills 0 --out runs/models-10
+    python benchmarks/sweep_models.py run --models 100 --kills 0 --out runs/models-100
+    python benchmarks/sweep_models.py run --models 1000 --out runs/models-1000
+    python benchmarks/sweep_models.py collect runs/models-10 runs/models-100 runs/models-1000
     python benchmarks/sweep_models.py table --write docs/benchmark.md
 
 Victims are scikit-learn's digits with mixed attacks and a seed each, cleaned by SEAM and ULRL from ten samples of each
@@ -37,7 +40,7 @@ from unbackdoor.bench.store import Store
 from unbackdoor.bench.sweep import sweep
 from unbackdoor.data.named import dataset_info
 from unbackdoor.files import write
-from victim_runs import markdown, show
+from victim_runs import markdown, read_records, show, write_records
 
 #: Contaminated data and, the last two, manipulated training; each takes on digits at these settings.
 ATTACKS = (
@@ -50,10 +53,12 @@ ATTACKS = (
     "blind",
     "wanet(s=2, rate=0.2, cross_ratio=0)",
 )
-DEFENSES = ("seam", "ulrl")
+DEFENSES = ("seam(recover_images=8000)", "ulrl")
 PER_CLASS = 10
 #: Seconds between two looks at the memory and at how far the sweep is.
 LOOK = 2.0
+#: What a sweep leaves beside its store's own files.
+FIGURES = "figures.json"
 
 
 def planned(models: int) -> Graph:
@@ -166,8 +171,13 @@ def report(arguments: argparse.Namespace, graph: Graph, store: Store, seen: Watc
     }
     text = json.dumps(content, indent=1) + "\n"
     print(text)
-    if arguments.record:
-        write(Path(arguments.record), text.encode(), force=True)
+    write(Path(arguments.out) / FIGURES, text.encode(), force=True)
+
+
+def collect(arguments: argparse.Namespace) -> None:
+    """The figures of several sweeps as one JSON-lines file, which is what is committed."""
+    found = [json.loads((Path(folder) / FIGURES).read_text()) for folder in arguments.sweeps]
+    write_records(Path(arguments.records) / "sweep_models.jsonl", found)
 
 
 def busy_seconds(records: list[CellRecord]) -> float:
@@ -195,7 +205,7 @@ def mean_asr(records: list[CellRecord], defense: str) -> float | None:
     left = [
         r.result.after.asr
         for r in records
-        if r.defense_name == defense and r.result and r.result.after.asr is not None and (r.subject.asr or 0) >= 0.8
+        if r.defense == defense and r.result and r.result.after.asr is not None and (r.subject.asr or 0) >= 0.8
     ]
     return round(statistics.fmean(left), 4) if left else None
 
@@ -203,30 +213,33 @@ def mean_asr(records: list[CellRecord], defense: str) -> float | None:
 HEADS = (
     "models",
     "cells",
-    "killed",
     "records",
+    "killed",
     "hours",
     "models/hour",
-    "processes",
     "MiB early",
     "MiB late",
     "MiB peak",
+    *(f"ASR after `{defense}`" for defense in DEFENSES),
 )
 
 
 def tables(records: Path) -> dict[str, str]:
-    content = json.loads((records / "sweep_models.json").read_text())
-    row = [
+    rows = sorted(read_records(records / "sweep_models.jsonl"), key=lambda row: row["models"])
+    return {"sweep-models": markdown(HEADS, map(table_row, rows))}
+
+
+def table_row(content: dict[str, Any]) -> list[str]:
+    return [
         f"{content['models']:,}",
         f"{content['cells']:,}",
-        f"{len(content['kills'])} times",
         f"{content['records']:,}",
+        f"{len(content['kills'])} times",
         f"{content['seconds'] / 3600:.2f}",
         f"{content['models_per_hour']:,.0f}",
-        str(content["workers"]),
         *(f"{content[f'memory_mib_{when}']:,.0f}" for when in ("early", "late", "peak")),
+        *(f"{100 * content['asr_left'][defense]:.1f}" for defense in DEFENSES),
     ]
-    return {"sweep-models": markdown(HEADS, [row])}
 
 
 def table(arguments: argparse.Namespace) -> None:
@@ -235,13 +248,13 @@ def table(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = {"run": run, "work": work, "table": table}
+    stages = {"run": run, "work": work, "collect": collect, "table": table}
     parser.add_argument("stage", choices=list(stages))
+    parser.add_argument("sweeps", nargs="*", help="folders of finished sweeps (collect)")
     parser.add_argument("--models", type=int, default=20)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", default="runs/models")
-    parser.add_argument("--record", metavar="JSON", help="where the figures go")
     parser.add_argument("--records", default=str(Path(__file__).parent / "records"))
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into a page, instead of printing")
     arguments = parser.parse_args()
