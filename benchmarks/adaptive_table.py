@@ -50,6 +50,8 @@ PLAIN = "badnets(rate=0.1, target=0)"
 ADAPTIVE = ("entangled", "uniform_row", "ewc", "latent", "parameter_stealth")
 #: Shares of the defender's samples.
 POLLUTION = (0.01, 0.04)
+#: Beside the usual methods: the published form of the one that ``ewc`` is made against.
+PUBLISHED = "seam(preset=authors-cifar10)"
 #: Poisoned samples among those that a cleaned network is fine-tuned on.
 RETUNED = (0, 5, 50)
 
@@ -65,7 +67,7 @@ def planned(seeds: int) -> Iterator[Trial]:
     victims = [(PLAIN, 0.0), *((attack, 0.0) for attack in ADAPTIVE), *((PLAIN, share) for share in POLLUTION)]
     for seed in range(seeds):
         for attack, share in victims:
-            for method in methods(SETTING):
+            for method in (*methods(SETTING), PUBLISHED):
                 yield Trial(setting=SETTING, attack=attack, method=method, budget=BUDGET, seed=seed, polluted=share)
 
 

@@ -14,6 +14,12 @@ down slows all of them. Before the first turn each runs once unmeasured (workers
 ratio is fit()'s rate over the other's in the same round; shown are the median over the rounds, the lowest and highest.
 ``fit`` uses what it uses by default (bfloat16 where the hardware multiplies in it); ``fit, float32`` shows what is left
 without. Figures mean something only on a machine that does nothing else meanwhile.
+
+How much faster it could be is told by two bounds in fit()'s own precision. ``bare passes`` takes turns with the others:
+the network's passes forward and back on one batch that is ready, without data, augmentation or optimiser. And the
+machine's peak is what a large matrix product reaches; convolutions with few channels cannot.
+
+    python benchmarks/fit_speed.py --write docs/results.md    # the committed record -> Markdown
 """
 
 from __future__ import annotations
@@ -24,7 +30,6 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,16 +43,21 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from unbackdoor.augmentation import Augmentation, padding_for
 from unbackdoor.data.named import load_dataset
-from unbackdoor.inference import Precision, uses_bf16
+from unbackdoor.files import write
+from unbackdoor.inference import Precision, autocast, uses_bf16
 from unbackdoor.models import zoo
 from unbackdoor.rng import Rng, isolated
 from unbackdoor.training import Recipe, fit
 from unbackdoor.types import Samples
+from victim_runs import markdown, show
 
 BATCH = 128
+#: Rows and columns of the matrices whose product shows the machine's peak.
+PEAK_SIZE = 4096
 #: Synthetic images: as many as the fastest contestant needs in a turn.
 SYNTHETIC = 50_000
 
@@ -153,10 +163,50 @@ class Ours:
         fit(self.network, self.part, self.recipe, Rng(0))
 
 
+class BarePasses:
+    """Forward and back on one batch that lies ready, as fit() lays it out; no optimiser moves the weights."""
+
+    def __init__(self, network: nn.Module, case: Case) -> None:
+        self.network = Normalised(copy.deepcopy(network)).train()
+        generator = Rng(0).stream("bare")
+        x = torch.rand((BATCH, *case.shape), generator=generator)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.y = torch.randint(0, 10, (BATCH,), generator=generator)
+
+    def prepare(self, count: int) -> None:
+        self.passes = count // BATCH
+
+    def __call__(self) -> None:
+        for _ in range(self.passes):
+            self.once()
+
+    def once(self) -> None:
+        self.network.zero_grad()
+        with autocast("auto", self.x.device):
+            loss = F.cross_entropy(self.network(self.x).float(), self.y)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def flops_per_image(self) -> float:
+        """Of a pass forward and back; a multiplication and its addition are two."""
+        with FlopCounterMode(display=False) as counter:
+            self.once()
+        return float(counter.get_total_flops()) / BATCH
+
+
 # Timing
 
 
-def seconds_of(run: Callable[[], None]) -> float:
+def peak_flops(seconds: float) -> float:
+    """Operations a second of large matrix products in fit()'s own precision: the best of several."""
+    dtype = torch.bfloat16 if uses_bf16("auto", torch.device("cpu")) else torch.float32
+    a = torch.rand(PEAK_SIZE, PEAK_SIZE, generator=Rng(0).stream("peak")).to(dtype)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until or best == float("inf"):
+        best = min(best, seconds_of(lambda: torch.mm(a, a)))
+    return 2 * PEAK_SIZE**3 / best
+
+
+def seconds_of(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
@@ -166,11 +216,13 @@ def compare(case: Case, data: Samples, seconds: float, repeats: int) -> dict[str
     """Rates (images/s, one a round) of every contestant, and fit()'s ratios to the others."""
     with isolated(Rng(0)):
         network = case.network()
-    contestants: dict[str, PlainLoop | Ours] = {
+    bare = BarePasses(network, case)
+    contestants: dict[str, PlainLoop | Ours | BarePasses] = {
         "fit": Ours(network, data, case, "auto"),
         "fit, float32": Ours(network, data, case, "fp32"),
         "plain, no workers": PlainLoop(network, data, case, 0),
         "plain, 2 workers": PlainLoop(network, data, case, 2),
+        "bare passes": bare,
     }
     counts = {}
     for name, contestant in contestants.items():
@@ -191,7 +243,13 @@ def compare(case: Case, data: Samples, seconds: float, repeats: int) -> dict[str
         for ours in ("fit", "fit, float32")
         for other in ("plain, no workers", "plain, 2 workers")
     }
-    return {"images": counts, "images_per_second": rates, "ratios": ratios}
+    ratios["fit / bare passes"] = [a / b for a, b in zip(rates["fit"], rates["bare passes"], strict=True)]
+    return {
+        "images": counts,
+        "images_per_second": rates,
+        "ratios": ratios,
+        "flops_per_image": bare.flops_per_image(),
+    }
 
 
 def samples_for(case: Case, root: Path | None) -> Samples:
@@ -206,11 +264,45 @@ def summary(values: list[float]) -> str:
     return f"{statistics.median(values):10,.2f}   {min(values):,.2f} .. {max(values):,.2f}"
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """In one piece or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-    Path(file.name).replace(path)
+HEADS = (
+    "network",
+    "fit, images/s",
+    "of bare passes",
+    "of the peak",
+    "plain loop, no workers",
+    "ratio",
+    "ratio to 2 workers",
+    "float32 alone",
+)
+
+
+def tables(records: Path) -> dict[str, str]:
+    content = json.loads((records / "fit_speed.json").read_text(encoding="utf-8"))
+    peak = content["peak_flops"]
+    rows = []
+    for name, case in content["cases"].items():
+        rates, ratios = (
+            {of: statistics.median(values) for of, values in case[which].items()}
+            for which in ("images_per_second", "ratios")
+        )
+        shares = (ratios["fit / bare passes"], rates["fit"] * case["flops_per_image"] / peak)
+        times = ("fit / plain, no workers", "fit / plain, 2 workers", "fit, float32 / plain, no workers")
+        rows.append(
+            [
+                name,
+                f"{rates['fit']:,.0f}",
+                *(f"{100 * share:.0f} %" for share in shares),
+                f"{rates['plain, no workers']:,.0f}",
+                *(f"{ratios[ratio]:.2f}×" for ratio in times),
+            ]
+        )
+    kind = "bfloat16" if content["bfloat16"] else "float32"
+    rounds = len(next(iter(content["cases"].values()))["ratios"]["fit / bare passes"])
+    about = (
+        f"{content['threads']} threads, batches of {content['batch_size']}, medians of {rounds} rounds. The machine's "
+        f"peak is {peak / 1e12:.2f} TFLOP/s, in products of {PEAK_SIZE}×{PEAK_SIZE} matrices in {kind}."
+    )
+    return {"fit-speed": f"{about}\n\n{markdown(HEADS, rows)}"}
 
 
 def main(arguments: list[str]) -> None:
@@ -221,7 +313,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--case", choices=list(CASES), action="append", help="only this one; can be repeated")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, for every contestant (default 2)")
     parser.add_argument("--out", type=Path, help="also write every single figure here, as JSON")
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="measure nothing: put the committed figures' table into a page"
+    )
     given = parser.parse_args(arguments)
+    if given.write is not None:
+        show(tables(Path(__file__).parent / "records"), given.write)
+        return
     if given.seconds <= 0 or given.repeats < 1 or given.threads < 1:
         parser.error("--seconds must be above 0, --repeats and --threads at least 1")
     torch.set_num_threads(given.threads)
@@ -233,6 +331,7 @@ def main(arguments: list[str]) -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "peak_flops": peak_flops(given.seconds),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     results = {}
@@ -245,7 +344,8 @@ def main(arguments: list[str]) -> None:
         for ratio, values in results[name]["ratios"].items():
             print(f"  {ratio:40} {summary(values)} ×")
         if given.out is not None:
-            write(given.out, {**about, "cases": results})
+            text = json.dumps({**about, "cases": results}, indent=2, ensure_ascii=False)
+            write(given.out, f"{text}\n".encode(), force=True)
 
 
 if __name__ == "__main__":

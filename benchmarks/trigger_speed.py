@@ -52,7 +52,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fit_speed import write
 from unbackdoor import specs
 from unbackdoor.attacks.adaptive.base import Adaptive
 from unbackdoor.attacks.image import adaptive_patch
@@ -62,6 +61,7 @@ from unbackdoor.attacks.image.ssba import SSBA, Encoder
 from unbackdoor.attacks.joint import UNet, packed
 from unbackdoor.attacks.poisoning import Contamination
 from unbackdoor.data.named import load_dataset
+from unbackdoor.files import write
 from unbackdoor.rng import Rng, isolated
 from unbackdoor.types import Trigger, as_float
 from victim_runs import show
@@ -575,7 +575,8 @@ def main(arguments: list[str]) -> None:
             results[case.spec] = compare(case, images, given.seconds, given.repeats)
             print(row(case.spec, results[case.spec], len(images)), flush=True)
             if given.out is not None:
-                write(given.out, {**about, "attacks": results})
+                text = json.dumps({**about, "attacks": results}, indent=2, ensure_ascii=False)
+                write(given.out, f"{text}\n".encode(), force=True)
     if given.attack is None:
         for name in stamping_their_base():
             print(check_base(name, images[:8]))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+import adaptive_table
 import attack_table
 import audit_tables
 import defense_table
@@ -185,10 +186,11 @@ def test_the_presets_of_seam_are_shown_as_they_are() -> None:
         (defense_table, "docs/results.md"),
         (trigger_speed, "docs/attacks.md"),
         (attack_table, "docs/attacks.md"),
+        (adaptive_table, "docs/attacks.md"),
         (ntk_tables, "docs/analysis.md"),
         (audit_tables, "docs/evidence.md"),
     ],
-    ids=["real runs", "defenses", "trigger speed", "attacks", "forgetting", "audit"],
+    ids=["real runs", "defenses", "trigger speed", "attacks", "adaptive attackers", "forgetting", "audit"],
 )
 def test_the_tables_are_what_the_records_say(benchmark: Any, page: str) -> None:
     for name, table in benchmark.tables(ROOT / "benchmarks" / "records").items():

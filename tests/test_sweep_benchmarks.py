@@ -10,6 +10,7 @@ import pytest
 
 import harness_overhead
 import sweep_models
+import victim_runs
 from unbackdoor.bench.plan import Plan, graph_of
 
 
@@ -40,12 +41,17 @@ def test_memory_of_this_process_group() -> None:
     assert held > 10
 
 
+SIZES = ((1000, 3), (20, 0))
+
+
 def test_the_tables_are_made_of_the_records(tmp_path: Path) -> None:
-    seen = {"models": 1000, "cells": 2000, "records": 2000, "seconds": 7200.0, "models_per_hour": 500.0, "workers": 2}
+    seen = {"seconds": 7200.0, "models_per_hour": 500.0, "asr_left": dict.fromkeys(sweep_models.DEFENSES, 0.123)}
     memory = {"memory_mib_early": 900.4, "memory_mib_late": 905.0, "memory_mib_peak": 1000.0}
-    (tmp_path / "sweep_models.json").write_text(json.dumps({**seen, **memory, "kills": [{}, {}, {}]}))
-    row = sweep_models.tables(tmp_path)["sweep-models"].splitlines()[-1]
-    assert row == "| 1,000 | 2,000 | 3 times | 2,000 | 2.00 | 500 | 2 | 900 | 905 | 1,000 |"
+    rows = ({"models": n, "cells": 2 * n, "records": 2 * n, **seen, **memory, "kills": [{}] * k} for n, k in SIZES)
+    victim_runs.write_records(tmp_path / "sweep_models.jsonl", rows)
+    few, many = sweep_models.tables(tmp_path)["sweep-models"].splitlines()[-2:]
+    assert few.startswith("| 20 | 40 | 40 | 0 times |")
+    assert many == "| 1,000 | 2,000 | 2,000 | 3 times | 2.00 | 500 | 900 | 905 | 1,000 | 12.3 | 12.3 |"
     times = {"engine": [10.1, 10.3], "loop": [10.0, 10.2]}
     content = {"data": "digits", "victims": 2, "cells": 12, "processor_seconds": times, "ratio": 1.01}
     (tmp_path / "harness_overhead.json").write_text(json.dumps(content))
