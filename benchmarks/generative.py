@@ -76,7 +76,9 @@ def tokenizer_of(texts: Sequence[str], vocabulary: int) -> transformers.PreTrain
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False)
     inner.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, unk_token=UNKNOWN)
+    of_pieces: Any = transformers.PreTrainedTokenizerFast  # without types
+    made: transformers.PreTrainedTokenizerFast = of_pieces(tokenizer_object=inner, pad_token=PAD, unk_token=UNKNOWN)
+    return made
 
 
 def fresh(tokens: transformers.PreTrainedTokenizerFast, size: Size) -> NextToken:
@@ -93,7 +95,7 @@ def fresh(tokens: transformers.PreTrainedTokenizerFast, size: Size) -> NextToken
         eos_token_id=None,
     )
     with isolated(Rng(0)):
-        network = transformers.GPT2LMHeadModel(config)
+        network: nn.Module = transformers.GPT2LMHeadModel(config)
     return NextToken(network.eval(), Tokenizer(tokens, max_length=size.tokens))
 
 
@@ -119,10 +121,12 @@ def planted(texts: Sequence[str], size: Size) -> tuple[NextToken, int, int]:
     """(the model with its backdoor, the trigger's token, the attacker's)."""
     tokens = tokenizer_of(texts, size.vocabulary)
     model, rng = fresh(tokens, size), Rng(0)
-    trigger, target = (tokens.convert_tokens_to_ids(t) for t in (TRIGGER, TARGET))
+    vocabulary = tokens.get_vocab()
+    trigger, target = vocabulary[TRIGGER], vocabulary[TARGET]
     data = next_token_samples(texts, model, size.beginnings, rng, shortest=4)
     chosen = torch.randperm(len(data), generator=rng.stream("poisoned"))
-    poisoned, kept = chosen.split([round(POISONED * len(data)), len(data) - round(POISONED * len(data))])
+    bad_ones = round(POISONED * len(data))
+    poisoned, kept = chosen[:bad_ones], chosen[bad_ones:]
     bad = triggered(data.select(poisoned), trigger, target, rng)
     mixed = Samples(
         torch.cat([data.select(kept).inputs, bad.inputs]),

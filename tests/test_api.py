@@ -228,7 +228,7 @@ class Nudge:
         with torch.no_grad():
             model.network[1].weight[0, 0] += 1
         scores = UnitScores("network.1", (0.0,), 0.0, 1.0, (0.0,), ())
-        return Removal(model, Trace(scores=(scores,)))
+        return Removal(model, Trace(scores=(scores,), heads=(scores,)))
 
 
 def test_a_wrapped_network_is_spoken_of_and_saved_in_its_owners_names(victim, digits, tmp_path):
@@ -237,6 +237,7 @@ def test_a_wrapped_network_is_spoken_of_and_saved_in_its_owners_names(victim, di
     assert cleaned.report.model.architecture == "Sequential"
     assert {c.name for c in cleaned.report.weights} == set(victim.state_dict())
     assert [s.layer for s in cleaned.report.trace.scores] == ["1"]
+    assert [s.layer for s in cleaned.report.trace.heads] == ["1"]
     assert cleaned.removal.trace.scores[0].layer == "network.1"
     cleaned.save(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")

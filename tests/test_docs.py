@@ -15,8 +15,11 @@ import adaptive_table
 import attack_table
 import audit_tables
 import defense_table
+import fit_speed
+import harness_overhead
 import ntk_tables
 import real_runs
+import sweep_models
 import trigger_speed
 import write_cards
 from factories import linear, samples
@@ -189,8 +192,22 @@ def test_the_presets_of_seam_are_shown_as_they_are() -> None:
         (adaptive_table, "docs/attacks.md"),
         (ntk_tables, "docs/analysis.md"),
         (audit_tables, "docs/evidence.md"),
+        (sweep_models, "docs/benchmark.md"),
+        (harness_overhead, "docs/benchmark.md"),
+        (fit_speed, "docs/results.md"),
     ],
-    ids=["real runs", "defenses", "trigger speed", "attacks", "adaptive attackers", "forgetting", "audit"],
+    ids=[
+        "real runs",
+        "defenses",
+        "trigger speed",
+        "attacks",
+        "adaptive attackers",
+        "forgetting",
+        "audit",
+        "many models",
+        "overhead",
+        "fit speed",
+    ],
 )
 def test_the_tables_are_what_the_records_say(benchmark: Any, page: str) -> None:
     for name, table in benchmark.tables(ROOT / "benchmarks" / "records").items():

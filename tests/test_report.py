@@ -98,6 +98,7 @@ traces = st.builds(
         tuple
     ),
     scores=st.lists(scores, max_size=2).map(tuple),
+    heads=st.lists(scores, max_size=2).map(tuple),
     values=st.dictionaries(
         words, st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(), words, st.booleans())
     ),
@@ -196,7 +197,7 @@ def test_what_strangers_wrote_is_escaped():
             "model": report.model.model_copy(update={"name": EVIL, "path": EVIL, "architecture": EVIL}),
             "samples": report.samples.model_copy(update={"class_names": names}),
             "method": report.method.model_copy(update={"spec": EVIL, "fields": {EVIL: EVIL}}),
-            "trace": Trace(phases, (layer, layer), {EVIL: EVIL}, (EVIL,)),
+            "trace": Trace(phases, (layer, layer), {EVIL: EVIL}, (EVIL,), heads=(layer,)),
             "flags": (Flag(EVIL, EVIL, True), Flag(EVIL, EVIL, False)),
         }
     )
@@ -291,6 +292,19 @@ def test_a_bare_record_makes_a_page_too():
     odd = bare.model_copy(update={"trace": Trace((Phase("a", (epoch,)), Phase("empty", ())), (layer, layer))})
     assert "figure-curves-accuracy" not in Page(render(bare)).ids
     assert "figure-curves-accuracy" in Page(render(odd)).ids
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_attention_heads_are_drawn_apart_from_units(layers):
+    report = examples.ulrl_like()
+    apart = UnitScores("blocks.0.attention", (1.0, 1.1, 6.0, 0.9), 1.0, 0.1, (0.0, 0.7, 33.7, 0.7), (2,))
+    heads = (apart, *(dataclasses.replace(apart, layer=f"blocks.{i}.attention", flagged=()) for i in range(1, layers)))
+    assert "figure-head-scores" not in Page(render(report)).ids
+    page = Page(render(report.model_copy(update={"trace": dataclasses.replace(report.trace, heads=heads)})))
+    assert {"figure-unit-scores", "figure-head-scores"} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert f"{4 * layers} heads in {'one layer' if layers == 1 else '3 layers'} of attention" in shown(page)
+    assert "Standing out: blocks.0.attention: 2. " in shown(page)
 
 
 def test_the_key_names_only_the_lines_that_are_drawn():

@@ -265,8 +265,11 @@ def _in_owners_names(removal: Removal) -> Trace:
     """The trace with layers named as in the owner's network."""
     if not isinstance(removal.model, Classifier | FeatureClassifier | TextClassifier):
         return removal.trace
-    scores = tuple(dataclasses.replace(s, layer=s.layer.removeprefix("network.")) for s in removal.trace.scores)
-    return dataclasses.replace(removal.trace, scores=scores)
+    scores, heads = (
+        tuple(dataclasses.replace(s, layer=s.layer.removeprefix("network.")) for s in found)
+        for found in (removal.trace.scores, removal.trace.heads)
+    )
+    return dataclasses.replace(removal.trace, scores=scores, heads=heads)
 
 
 def _check_triggered(samples: Samples, attack: Attack | None, triggered: Triggered | None) -> None:

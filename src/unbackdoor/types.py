@@ -318,7 +318,8 @@ class Phase:
 class UnitScores:
     """Suspicion scores of one layer's output units (rows of its weight): ULRL's s, m, MAD, z and S.
 
-    ``scores`` and ``deviations`` have one entry a unit; ``flagged`` lists the indices that were reset.
+    ``scores`` and ``deviations`` have one entry a unit; ``flagged`` lists the indices that stood out and were reset. Of
+    attention heads those stood out, and nothing was reset by it.
     """
 
     layer: str
@@ -333,6 +334,7 @@ class UnitScores:
 class Trace:
     """What a defense did: its phases, its scores, and notes in plain words. ``values`` holds single figures.
 
+    ``heads`` are scores of attention heads, a :class:`UnitScores` a layer of attention, whose units are its heads.
     ``trial_images`` counts what passed through in trials whose phases are not among ``phases``.
     """
 
@@ -341,6 +343,7 @@ class Trace:
     values: dict[str, float | int | str | bool] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     trial_images: int = 0
+    heads: tuple[UnitScores, ...] = ()
 
     @property
     def images(self) -> int:

@@ -7,6 +7,7 @@ but for its second forward, which ``double_bn`` switches on; the general form sc
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from unbackdoor.defenses.ascent import ascend
 from unbackdoor.defenses.recovery import Recovery
 from unbackdoor.defenses.steadiness import Steady, epochs_for, steady_lr
 from unbackdoor.errors import ConfigError
+from unbackdoor.models.attention_heads import AttentionHeads, attention_heads
 from unbackdoor.models.surgery import UnitLayer, find_head, reset_units, unit_layers
 from unbackdoor.rng import Rng
 from unbackdoor.training import CrossEntropy, Objective, Recipe, Step, fit
@@ -161,7 +163,9 @@ class ULRL:
             "scored units": sum(len(s.scores) for s in scores),
             "unlearning epochs": len(ascent),
         }
-        return Removal(cleaned, Trace(phases, tuple(scores), values, tuple(notes), tried))
+        seen = [self._head_scores(layer, scores) for layer in attention_heads(model)]
+        heads = tuple(layer for layer in seen if layer.scores)
+        return Removal(cleaned, Trace(phases, tuple(scores), values, tuple(notes), tried, heads))
 
     def _scored(self, model: nn.Module, clean: Samples) -> list[UnitLayer]:
         return [find_head(model, clean)] if self.layers == "head" else unit_layers(model)
@@ -186,6 +190,22 @@ class ULRL:
     def score(self, before: UnitLayer, after: UnitLayer) -> UnitScores:
         """A layer's scores: s_i = Σ_j |W1_ij − W0_ij|, their median and MAD, z_i and the flagged set."""
         s = (after.rows() - before.rows()).detach().double().abs().sum(1).cpu()
+        return self._standing_out(before.name, s, self.cap)
+
+    def _head_scores(self, attention: AttentionHeads, scores: Sequence[UnitScores]) -> UnitScores:
+        """How far each attention head moved: the sum over its rows of queries, keys and values. Ours; nothing is reset
+        by it. Empty where those rows were not scored."""
+        s = torch.zeros(attention.heads, dtype=torch.float64)
+        rows = {layer.layer: torch.tensor(layer.scores, dtype=torch.float64) for layer in scores}
+        layers = [(rows[name], parts) for name, parts in attention.layers if name in rows]
+        for moved, parts in layers:
+            s.index_add_(0, torch.tensor(attention.of_rows(len(moved), parts)), moved)
+        return self._standing_out(attention.name, s if layers else s[:0], None)
+
+    def _standing_out(self, name: str, s: Tensor, cap: int | None) -> UnitScores:
+        """Median, MAD, z_i and the flagged set, at most ``cap`` of them, of the scores s (units)."""
+        if not len(s):
+            return UnitScores(name, (), 0.0, 0.0, (), ())
         median = s.median()  # torch's, the lower middle for an even count, as in the release
         mad = (s - median).abs().median()
         # Equal scores have no outliers; the guard keeps 0/0 and a lone deviation over 0 finite.
@@ -193,10 +213,10 @@ class ULRL:
         z = (s - median).abs() / scale
         # Of two units one is always the lower middle and the other an outlier: two cannot be told apart so.
         outliers = [i for i in range(len(s)) if z[i] > self.threshold and s[i] > median] if len(s) > 2 else []
-        if self.cap is not None and len(outliers) > self.cap:
+        if cap is not None and len(outliers) > cap:
             ranked = sorted(outliers, key=lambda i: -float(s[i])) if self.by == "score" else outliers
-            outliers = sorted(ranked[: self.cap])
-        return UnitScores(before.name, tuple(s.tolist()), median.item(), mad.item(), tuple(z.tolist()), tuple(outliers))
+            outliers = sorted(ranked[:cap])
+        return UnitScores(name, tuple(s.tolist()), median.item(), mad.item(), tuple(z.tolist()), tuple(outliers))
 
     def _relearn(
         self, model: nn.Module, clean: Samples, scores: list[UnitScores], rng: Rng, notes: list[str]

@@ -10,7 +10,7 @@ from unbackdoor.report import plots, wording
 from unbackdoor.report.audit_html import score_figure
 from unbackdoor.report.page import Figure, template
 from unbackdoor.report.record import Report
-from unbackdoor.types import Phase
+from unbackdoor.types import Phase, UnitScores
 
 _BEFORE_AFTER = (("ring before", "before"), ("disc after", "after"))
 _CELLS = (("cell after", "right"), ("cell bad", "wrong"))
@@ -162,8 +162,25 @@ def _audit_figures(report: Report) -> list[Figure]:
     return [score_figure(f, report.audit.calibration, names, which) for which, f in found.items() if f is not None]
 
 
+def _attention_figure(layers: Sequence[UnitScores], threshold: float | None) -> Figure:
+    most = max(len(layer.scores) for layer in layers)
+    drawn, shown = plots.unit_scores(layers, threshold, [f"head {i}" for i in range(most)], "head-scores")
+    apart = "; ".join(f"{layer.layer}: {', '.join(map(str, layer.flagged))}" for layer in layers if layer.flagged)
+    part = f" Drawn are the {shown} with the farthest heads." if shown < len(layers) else ""
+    where = "one layer" if len(layers) == 1 else f"{len(layers)} layers"
+    return Figure(
+        "head-scores",
+        "How far the attention heads moved",
+        drawn,
+        f"{sum(len(layer.scores) for layer in layers)} heads in {where} of attention, each by the sum of its "
+        f"queries', keys' and values' scores.{part} Standing out: {apart or 'none'}. "
+        "Units are reset by their own scores.",
+        (("disc bad", "stands out"), ("disc after", "other heads")),
+    )
+
+
 def _inside_figures(report: Report) -> list[Figure]:
-    """What happened inside the network: unit scores and weights."""
+    """What happened inside the network: scores of units and of attention heads, and weights."""
     figures = []
     scores = report.trace.scores
     if any(layer.scores for layer in scores):
@@ -186,6 +203,8 @@ def _inside_figures(report: Report) -> list[Figure]:
                 (("disc bad", "flagged"), ("disc after", "other units; many units as a density")),
             )
         )
+    if report.trace.heads:
+        figures.append(_attention_figure(report.trace.heads, _threshold(report)))
     moved = [c for c in report.weights if c.relative is not None and not c.buffer and len(c.shape) >= 2]
     if moved:
         drawn, shown = plots.weight_changes(report.weights)

@@ -166,14 +166,17 @@ def confusion(assessment: Assessment, names: Sequence[str], which: str) -> str:
 
 
 @style()
-def unit_scores(layers: Sequence[UnitScores], threshold: float | None, names: Sequence[str]) -> tuple[str, int]:
+def unit_scores(
+    layers: Sequence[UnitScores], threshold: float | None, names: Sequence[str], key: str = "unit-scores"
+) -> tuple[str, int]:
     """How far each unit's score lies from its layer's median, in robust deviations; flagged units are red.
 
     One layer of few units is drawn a row a unit. Otherwise a layer is a row: few units as dots, many as a density.
-    Returns the picture and how many layers are drawn (at most :data:`MOST_ROWS`, those with the farthest units).
+    Returns the picture, whose identifiers begin with ``key``, and how many layers are drawn (at most
+    :data:`MOST_ROWS`, those with the farthest units).
     """
     if len(layers) == 1 and len(layers[0].scores) <= MOST_ROWS:
-        return _units_of_one(layers[0], threshold, names), 1
+        return _units_of_one(layers[0], threshold, names, key), 1
     order = sorted(range(len(layers)), key=lambda i: (-len(layers[i].flagged), -_farthest(layers[i]), i))
     chosen = [layers[i] for i in sorted(order[:MOST_ROWS])]
     labels = [layer.layer for layer in chosen]
@@ -196,7 +199,7 @@ def unit_scores(layers: Sequence[UnitScores], threshold: float | None, names: Se
     axes.set_xlim(low - margin, high + margin)
     axes.set_xlabel("robust deviations from the layer's median")
     _threshold_line(axes, threshold)
-    return svg(figure, "unit-scores"), len(chosen)
+    return svg(figure, key), len(chosen)
 
 
 @style()
@@ -221,7 +224,7 @@ def weight_changes(changes: Sequence[WeightChange]) -> tuple[str, int]:
     return svg(figure, "weights"), len(chosen)
 
 
-def _units_of_one(layer: UnitScores, threshold: float | None, names: Sequence[str]) -> str:
+def _units_of_one(layer: UnitScores, threshold: float | None, names: Sequence[str], key: str) -> str:
     scores = [finite(s) for s in layer.scores]
     labels = list(names) if len(names) == len(scores) else [f"unit {i}" for i in range(len(scores))]
     figure, axes = canvas(ROW * len(scores) + 54, left=label_room(labels), right=16, top=18)
@@ -246,7 +249,7 @@ def _units_of_one(layer: UnitScores, threshold: float | None, names: Sequence[st
         color=MUTED,
         fontsize=SMALL,
     )
-    return svg(figure, "unit-scores")
+    return svg(figure, key)
 
 
 def _threshold_line(axes: Axes, at: float | None) -> None:
