@@ -2,7 +2,8 @@
 
     python benchmarks/text_victims.py run --encoder FOLDER --data-root DATA --out runs    # what is missing
     python benchmarks/text_victims.py run --encoder FOLDER --out runs --networks head --attacks words --seeds 1
-    python benchmarks/text_victims.py table --out runs                                    # records -> Markdown
+    python benchmarks/text_victims.py collect --out runs                                  # -> benchmarks/records
+    python benchmarks/text_victims.py table --write docs/text.md                          # records -> Markdown
 
 Each cell is a file of its own under ``--out``, written whole or not at all; what is there is not run again. The clean
 network of each kind is a cell too: its error on triggered texts is what a removal can reach at best.
@@ -32,11 +33,14 @@ from unbackdoor.models.text_heads import FrozenEmbedding, load_embedding
 from unbackdoor.rng import Rng
 from unbackdoor.training import Recipe, fit
 from unbackdoor.types import Samples
+from victim_runs import markdown, show, write_records
 
 ATTACKS = ("words", "addsent", "syntactic", "style")
 METHODS = ("ft", "seam", "ulrl", "fst", "ft_sam", "sft", "mcr", "tsbd")
 BUDGETS = (0.05, 0.01)
 NETWORKS = ("encoder", "head")
+#: Among the committed records.
+RECORDS = "text_victims.jsonl"
 
 #: Tokens of a sentence: three in a hundred of SST-2's are longer.
 LENGTH = 48
@@ -150,35 +154,60 @@ def _told(found: Assessment) -> dict[str, Any]:
     }
 
 
-def read(out: Path) -> list[tuple[Cell, dict[str, Any]]]:
-    """Every record under a folder, in the order of the cells."""
-    found = []
-    for path in sorted(out.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found.append((Cell(**content["cell"]), content["result"]))
+def collect(out: Path, records: Path) -> None:
+    """The cells under a folder as one JSON-lines file, which is what is committed; notes stay behind."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*.json")]
+    for content in found:
+        content["result"].pop("notes", None)
+    write_records(records / RECORDS, found)
+
+
+def read(records: Path) -> list[tuple[Cell, dict[str, Any]]]:
+    """Every committed record, in the order of the cells."""
+    path = records / RECORDS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = [(Cell(**c["cell"]), c["result"]) for c in map(json.loads, lines)]
     return sorted(found, key=lambda pair: json.dumps(asdict(pair[0]), sort_keys=True))
 
 
+def tables(records: Path) -> dict[str, str]:
+    """The victims and what removals do to them."""
+    return {"texts": table(read(records))}
+
+
 def table(records: list[tuple[Cell, dict[str, Any]]]) -> str:
-    """Means over the seeds, in percent, as Markdown."""
+    """Means over the seeds, in percent, as Markdown.
+
+    *At best* is the ASR of the clean network: its errors on triggered texts.
+    """
+    best = {
+        (cell.network, cell.seed, name): result[f"asr {name}"]
+        for cell, result in records
+        for name in ATTACKS
+        if cell.attack is None and f"asr {name}" in result
+    }
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell, result in records:
         if cell.attack is not None:
-            groups.setdefault((cell.network, cell.attack, cell.budget or 0.0, cell.method or ""), []).append(result)
-    rows = ["| network | attack | clean data | method | seeds | ACC | ASR | RA |", "|---|---|---|---|---|---|---|---|"]
+            known = result | {"best": best.get((cell.network, cell.seed, cell.attack))}
+            groups.setdefault((cell.network, cell.attack, cell.budget or 0.0, cell.method or ""), []).append(known)
+    rows = []
     for (network, attack, budget, method), results in sorted(groups.items()):
-        rates = " | ".join(
-            f"{100 * statistics.fmean(r[key] for r in results):.1f}" for key in ("accuracy", "asr", "ra")
-        )
+        rates = [_mean([r[key] for r in results]) for key in ("accuracy", "asr", "ra", "best")]
         told = f"`{method}`" if method else "none"
         share = f"{budget:.0%}" if budget else ""
-        rows.append(f"| {network} | {attack} | {share} | {told} | {len(results)} | {rates} |")
-    return "\n".join(rows)
+        rows.append([network, attack, share, told, str(len(results)), *rates])
+    return markdown(("network", "attack", "clean data", "method", "seeds", "ACC", "ASR", "RA", "at best"), rows)
+
+
+def _mean(rates: list[float | None]) -> str:
+    known = [r for r in rates if r is not None]
+    return f"{100 * statistics.fmean(known):.1f}" if known else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "collect", "table"))
     parser.add_argument("--out", type=Path, default=Path("text-runs"))
     parser.add_argument("--encoder", help="a folder of transformers with a sentence encoder, or transformers:NAME")
     parser.add_argument("--data-root", type=Path, default=None)
@@ -187,9 +216,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--records", type=Path, default=Path(__file__).parent / "records")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into a page, instead of printing")
     given = parser.parse_args()
     if given.what == "table":
-        print(table(read(given.out)))
+        show(tables(given.records), given.write)
+        return
+    if given.what == "collect":
+        collect(given.out, given.records)
         return
     if given.encoder is None:
         parser.error("run needs --encoder")

@@ -230,3 +230,15 @@ def test_progress_goes_to_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, capf
         assert ("forget" in written) == shown
         assert "\x1b[2J" not in written
         assert (written != "") == shown
+
+
+def test_a_full_memory_is_told_in_one_line(network: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("unbackdoor.evaluation.assessment.predict", full)
+    result = run("evaluate", network, "--samples", samples, "--arch", "cnn(width=2)")
+    assert result.exit_code == 1
+    assert "error: the device's memory is full" in result.stderr
+    assert "or --device cpu: Tried to allocate 2.00 GiB" in result.stderr
+    assert "Traceback" not in result.output

@@ -48,6 +48,35 @@ def test_predicting_leaves_modes_weights_and_statistics_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(("fits", "sizes"), [(23, [23]), (12, [23, 12, 11]), (5, [23, 12, 6, *[3] * 7, 2])])
+def test_a_batch_that_the_memory_does_not_hold_is_halved(fits: int, sizes: list[int]) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = convolutional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            if len(x) > fits:
+                raise torch.OutOfMemoryError("out of memory")
+            out: Tensor = self.inner(x)
+            return out
+
+    seen: list[int] = []
+    model, data = Small(), samples(23)
+    logits = predict(model, data, batch_size=23)
+    assert torch.allclose(logits, predict(model.inner, data), atol=1e-6)
+    assert seen == sizes
+
+
+def test_an_image_that_the_memory_does_not_hold_is_an_error() -> None:
+    def full(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(convolutional(), samples(), transform=full)
+
+
 def test_modes_come_back_after_an_error() -> None:
     model = mixed()
     before = Snapshot(model)

@@ -114,6 +114,7 @@ def test_zoo_networks_are_known_again(name: str) -> None:
 @pytest.mark.parametrize(
     ("network", "spec"),
     [
+        (lambda: ZOO["airbench"](width=6), "airbench(width=6)"),
         (lambda: preact_resnet18(width=5), "preact_resnet18(width=5)"),
         (lambda: vgg11_bn(width=8), "vgg11_bn(width=8)"),
         (lambda: cnn(width=6, image_size=32), "cnn(width=6)"),

@@ -42,6 +42,7 @@ def hooks(model: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("name", "options", "images", "head"),
     [
+        ("airbench", {"width": 4}, clean(), "linear"),
         ("preact_resnet18", {"width": 4}, clean(), "linear"),
         ("vgg11_bn", {"width": 4}, clean(), "classifier"),
         ("vit_tiny", {"image_size": 8, "dim": 32, "depth": 1}, clean(8), "head"),

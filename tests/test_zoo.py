@@ -32,6 +32,7 @@ def small_vit_b(num_classes: int, in_channels: int) -> nn.Module:
 
 #: name -> (factory of something small, channels, pixels)
 SMALL: dict[str, tuple[Callable[..., nn.Module], int, int]] = {
+    "airbench": (partial(zoo.airbench, width=8), 3, 32),
     "cnn": (partial(zoo.cnn, width=4), 1, 28),
     "preact_resnet18": (partial(zoo.preact_resnet18, width=4), 3, 32),
     "vgg11_bn": (partial(zoo.vgg11_bn, width=4), 3, 32),

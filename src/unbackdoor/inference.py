@@ -64,17 +64,29 @@ def predict(
 
     Args:
         transform: applied to each batch first, of images in [0, 1] (see :meth:`Samples.images`); a trigger, say.
+        batch_size: at most; where the device's memory does not hold so many, half of it, and so on down to one.
         precision: "fp32" by default, so that a reported figure does not depend on the hardware's bf16.
     """
     device = device_of(model)
-    outputs = []
     with evaluating(model), autocast(precision, device):
-        for x, _ in samples.batches(batch_size):
-            x = x.to(device)
-            if transform is not None:
-                x = transform(x)
-            outputs.append(model(laid_out(x)).float())
-    return torch.cat(outputs)
+        while True:
+            try:
+                return torch.cat([model(laid_out(x)).float() for x in _batches(samples, transform, batch_size, device)])
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+            # Not before the error is gone, which holds on to what was computed.
+            batch_size = (batch_size + 1) // 2
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _batches(
+    samples: Samples, transform: Callable[[Tensor], Tensor] | None, batch_size: int, device: torch.device
+) -> Iterator[Tensor]:
+    for x, _ in samples.batches(batch_size):
+        x = x.to(device)
+        yield x if transform is None else transform(x)
 
 
 @dataclass(frozen=True, slots=True)

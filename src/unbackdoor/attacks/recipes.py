@@ -53,6 +53,22 @@ USUAL: dict[str, Usual] = {
     "tiny-imagenet": Usual(arch="preact_resnet18(width=32)", recipe=replace(_COLOUR, epochs=16, plain_epochs=4)),
 }
 
+#: Zoo network -> the recipe that belongs to it, whatever the pictures; how they are augmented goes by these.
+BY_NETWORK: dict[str, Recipe] = {
+    # As airbench94's (arXiv 2404.00498), whose rates are stated per sum over a batch.
+    "airbench": Recipe(
+        epochs=10,
+        batch_size=1000,
+        lr=1.5,
+        momentum=0.85,
+        nesterov=True,
+        weight_decay=1.3e-3,
+        schedule="one-cycle",
+        label_smoothing=0.2,
+        plain_epochs=2,
+    ),
+}
+
 #: For a pretrained network of texts that is fine-tuned.
 TEXT = Recipe(
     epochs=3, batch_size=32, optimizer="adamw", lr=1e-4, weight_decay=0.01, schedule="one-cycle", clip_norm=1.0
@@ -62,9 +78,17 @@ TEXT = Recipe(
 ANY = Usual(arch="preact_resnet18(width=16)", recipe=USUAL["gtsrb"].recipe)
 
 
-def usual(dataset: str) -> Usual:
-    """What suits a data set, by its name in any case; of an unknown one, a small residual network."""
-    return USUAL.get(dataset.lower(), ANY)
+def usual(dataset: str, arch: str | None = None) -> Usual:
+    """What suits a data set, by its name in any case; of an unknown one, a small residual network.
+
+    Args:
+        arch: spec of another network than the usual one. It is trained by its own recipe where it has one.
+    """
+    suits = USUAL.get(dataset.lower(), ANY)
+    if arch is None:
+        return suits
+    own = BY_NETWORK.get(arch.partition("(")[0].strip())
+    return Usual(arch=arch, recipe=replace(own, augment=suits.recipe.augment) if own else suits.recipe)
 
 
 def adjusted(recipe: Recipe, stated: Mapping[str, Any]) -> Recipe:

@@ -119,16 +119,16 @@ def _name(dataset: str) -> str:
 
 
 def _victims(plan: Plan, info: DatasetInfo, train_size: int) -> Iterable[VictimJob]:
-    suits = usual(info.name)
-    recipe = adjusted(suits.recipe, plan.recipe)
     for seed in plan.victim_seeds:
         for arch in plan.archs:
-            network_fields(arch or suits.arch)  # raises where it is no spec
+            suits = usual(info.name, arch)
+            recipe = adjusted(suits.recipe, plan.recipe)
+            network_fields(suits.arch)  # raises where it is no spec
             for attack in plan.attacks:
                 yield VictimJob(
                     dataset=info.name,
                     train_size=train_size,
-                    arch=arch or suits.arch,
+                    arch=suits.arch,
                     attack=None if attack is None else _attack_text(attack, info),
                     recipe=recipe,
                     seed=seed,

@@ -55,6 +55,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             Terminal().error(str(error))
             raise typer.Exit(FAILED) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+                raise
+            Terminal().error(f"the device's memory is full; a smaller network or batch, or --device cpu: {error}")
+            raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             Terminal().error("interrupted; nothing was written")
             raise typer.Exit(INTERRUPTED) from None

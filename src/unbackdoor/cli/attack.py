@@ -165,7 +165,7 @@ def attack(
         )
         _plant_text(job, folder, terminal, force=force)
         return
-    suits = usual(data)
+    suits = usual(data, arch)
     recipe = adjusted(suits.recipe, stated)
     chosen = device_of_choice(device, threads)
     with terminal.working("reading the samples"):
@@ -173,7 +173,7 @@ def attack(
     terminal.notes(notes)
     with terminal.progress():
         model, card, found, learned = train_victim(
-            arch=arch or suits.arch,
+            arch=suits.arch,
             attack=planted,
             dataset=data,
             train=train.to(chosen),

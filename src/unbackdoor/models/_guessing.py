@@ -121,7 +121,13 @@ def _vit_tiny(shapes: Shapes) -> dict[str, int] | None:
     return {**size, "patch": patches[2], "dim": patches[0], "depth": _count(shapes, r"layers\.(\d+)\.")}
 
 
+def _airbench(shapes: Shapes) -> dict[str, int] | None:
+    first = shapes.get("groups.0.conv1.weight")
+    return {"width": first[0]} if first else None
+
+
 _ZOO_READERS: dict[str, Callable[[Shapes], dict[str, int] | None]] = {
+    "airbench": _airbench,
     "cnn": _cnn,
     "preact_resnet18": _width,
     "vgg11_bn": _width,

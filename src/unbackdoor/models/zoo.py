@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unbackdoor.errors import ConfigError
+from unbackdoor.models.airbench import airbench
 
 
 class PreActBlock(nn.Module):
@@ -219,6 +220,7 @@ def cnn(num_classes: int = 10, in_channels: int = 1, image_size: int = 28, width
 
 #: name -> factory. ``cnn`` and the transformers depend on the image's size; the others do not.
 ZOO: dict[str, Callable[..., nn.Module]] = {
+    "airbench": airbench,
     "cnn": cnn,
     "preact_resnet18": preact_resnet18,
     "vgg11_bn": vgg11_bn,
