@@ -30,18 +30,18 @@ def test_it_takes_the_first_that_removes_the_canaries() -> None:
     removal = digits.removal("auto(candidates=('ft(epochs=1)', inoculation, seam))")
     values = removal.trace.values
     assert int(values["canaries that took"]) >= 3
-    assert float(values["worst canary left by ft(epochs=1)"]) > 0.5
+    assert float(values["canaries left by ft(epochs=1)"]) > 0.5
     assert values["method"] in ("inoculation", "seam")
     if values["method"] == "inoculation":
         assert not any("seam" in name for name in values)
     else:
-        assert float(values["worst canary left by inoculation"]) > 0.2
+        assert float(values["canaries left by inoculation"]) > 0.25
     accuracy, asr = digits.rates(removal)
     assert asr <= 0.1
     assert accuracy >= digits.rates()[0] - 0.05
     # Trials and planting are part of what it cost.
     shown = sum(e.images for p in removal.trace.phases for e in p.epochs)
-    assert removal.trace.images >= shown + 20_000
+    assert removal.trace.images >= shown + 5000
 
 
 def test_the_chosen_method_runs_on_all_samples_of_the_given_network() -> None:
@@ -78,7 +78,7 @@ def test_where_none_will_do_the_least_bad_is_taken(monkeypatch: pytest.MonkeyPat
     assert made.trace.values["method"] in ("ft(epochs=1)", "fst(epochs=1, images=0)")
     assert any(note.startswith("bnp could not be tried: ") for note in made.trace.notes)
     assert any(
-        note.startswith("no method left at most 0% of every canary for at most 0% of") for note in made.trace.notes
+        note.startswith("no method left at most 0% of the canaries for at most 0% of") for note in made.trace.notes
     )
 
 

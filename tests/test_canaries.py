@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from digits_victims import digits, on_digits
-from factories import linear
+from factories import convolutional, linear, samples
 from unbackdoor import specs
 from unbackdoor.errors import ConfigError, DataError
 from unbackdoor.evaluation import canaries
@@ -51,7 +51,7 @@ def scene() -> tuple[nn.Module, Samples, Samples]:
 
 def run(defense: object, **changes: object) -> CanaryTest:
     model, clean, judged = scene()
-    settings = {"kinds": KINDS, "planting": Planting(images=4000, augment="none"), **changes}
+    settings = {"kinds": KINDS, "planting": Planting(images=4000, lr=2e-3, augment="none"), **changes}
     return canaries.try_canaries(model, clean, judged, defense, Rng(0), **settings)  # type: ignore[arg-type]
 
 
@@ -82,9 +82,22 @@ def test_the_removal_gets_the_carrying_copy_and_the_clean_samples_as_they_are() 
 
 
 def test_the_same_seed_gives_the_same_test() -> None:
-    assert run(Nothing()) != run(Nothing(), planting=Planting(images=2000, augment="none"))
+    assert run(Nothing()) != run(Nothing(), planting=Planting(images=2000, lr=2e-3, augment="none"))
     first, second = run(Nothing()), run(Nothing())
     assert (first.canaries, first.accuracy_planted) == (second.canaries, second.accuracy_planted)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_statistics_stay_as_they_are_unless_they_are_live(live: bool) -> None:
+    model = convolutional()
+    data = samples(40, size=16)
+    attacks = [specs.build("attack", "badnets(size=2)")]
+    planting = Planting(images=80, train_mode=live, augment="none")
+    planted, _ = canaries.plant_canaries(model, data, attacks, planting, Rng(0))
+    before, after = model.state_dict(), planted.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("weight") for name in moved)
+    assert any("running" in name for name in moved) == live
 
 
 def test_what_is_not_planted_is_not_counted() -> None:
@@ -117,7 +130,7 @@ def test_the_usual_canaries_stamp_any_image_and_differ(shape: tuple[int, int, in
 def test_each_image_gets_one_canary_and_its_target() -> None:
     _, clean, _ = scene()
     attacks = [specs.build("attack", kind) for kind in KINDS]
-    stamps = canaries._Implanting(linear(10, channels=1), attacks, 10, 0.0, Rng(0))
+    stamps = canaries._Implanting(linear(10, channels=1), attacks, 10, Planting(), Rng(0))
     x, y = clean.images(slice(0, 60)), clean.labels[:60]
     made, wanted = stamps._stamped(x, y)
     seen: set[int] = set()

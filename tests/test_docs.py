@@ -16,6 +16,7 @@ import attack_table
 import audit_tables
 import defense_table
 import fit_speed
+import generative
 import harness_overhead
 import ntk_tables
 import real_runs
@@ -195,6 +196,7 @@ def test_the_presets_of_seam_are_shown_as_they_are() -> None:
         (sweep_models, "docs/benchmark.md"),
         (harness_overhead, "docs/benchmark.md"),
         (fit_speed, "docs/results.md"),
+        (generative, "docs/text.md"),
     ],
     ids=[
         "real runs",
@@ -207,6 +209,7 @@ def test_the_presets_of_seam_are_shown_as_they_are() -> None:
         "many models",
         "overhead",
         "fit speed",
+        "generative models",
     ],
 )
 def test_the_tables_are_what_the_records_say(benchmark: Any, page: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import statistics
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ class Auto:
 
     Nobody can measure a backdoor whose trigger he does not have, but he can plant others, of several kinds, into a copy
     of the very network (canaries). The methods are tried on that copy, the gentlest first. The first that leaves
-    none of the canaries alive and keeps the accuracy on held-out samples is run on the network itself, on all samples.
+    little of the canaries and keeps the accuracy on held-out samples is run on the network itself, on all samples.
 
     Source: ours.
 
@@ -44,8 +45,8 @@ class Auto:
 
     Attributes:
         candidates: names or specs of defenses, in the order in which they are tried.
-        most_left: success that may be left of any canary that took, in [0, 1], beyond what its trigger does to the
-            given network, which knows nothing of it.
+        most_left: success that may be left of the canaries that took, in the mean, in [0, 1], beyond what their
+            triggers do to the given network, which knows nothing of them.
         max_loss: held-out accuracy, in [0, 1], that a method may cost on the copy. Where none keeps to both, the one
             that leaves least among those that keep to this one is taken, or else the one that costs least.
         held_out: share of the clean samples, by class, on which the canaries and the accuracy are measured.
@@ -55,11 +56,11 @@ class Auto:
     """
 
     candidates: tuple[str, ...] = ("inoculation", "seam", "ulrl")
-    most_left: float = 0.2
+    most_left: float = 0.25
     max_loss: float = 0.05
     held_out: float = 0.2
     otherwise: str = "seam"
-    planting: int = 24_000
+    planting: int = 6000
     augment: Augmentation = "crop"
     VERSION: ClassVar[int] = 1
 
@@ -125,7 +126,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A method on the copy: the most that it left of a canary, and the held-out accuracy that it cost."""
+    """A method on the copy: what it left of the canaries in the mean, and the held-out accuracy that it cost."""
 
     name: str
     left: float
@@ -161,7 +162,7 @@ class _Trials:
             if found is None:
                 continue
             tried.append(found)
-            choice.values[f"worst canary left by {name}"] = found.left
+            choice.values[f"canaries left by {name}"] = found.left
             choice.values[f"held-out accuracy lost by {name}"] = found.lost
             if found.left <= s.most_left and found.lost <= s.max_loss:
                 choice.name = name
@@ -172,7 +173,7 @@ class _Trials:
         best = min(kept, key=lambda t: t.left) if kept else min(tried, key=lambda t: t.lost)
         choice.name = best.name
         choice.notes.append(
-            f"no method left at most {s.most_left:.0%} of every canary for at most {s.max_loss:.0%} of accuracy: "
+            f"no method left at most {s.most_left:.0%} of the canaries for at most {s.max_loss:.0%} of accuracy: "
             f"{best.name} left {best.left:.0%} for {best.lost:.1%}"
         )
 
@@ -185,7 +186,7 @@ class _Trials:
             choice.notes.append(f"{name} could not be tried: {error}")
             return None
         choice.images += removal.trace.images
-        left = max(self._success(removal.model, attack) - given for attack, given in taken.items())
+        left = statistics.fmean(self._success(removal.model, attack) - given for attack, given in taken.items())
         before, after = (measure(m, self.held_out).accuracy for m in (carrier, removal.model))
         return _Tried(name, left, before - after)
 
