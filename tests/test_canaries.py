@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import cache
 
 import pytest
@@ -14,7 +15,7 @@ from factories import convolutional, linear, samples
 from unbackdoor import specs
 from unbackdoor.errors import ConfigError, DataError
 from unbackdoor.evaluation import canaries
-from unbackdoor.evaluation.assessment import Rate
+from unbackdoor.evaluation.assessment import Rate, assess
 from unbackdoor.evaluation.canaries import Canary, CanaryTest, Planting, usual_canaries
 from unbackdoor.rng import Rng
 from unbackdoor.types import Removal, Samples, Trace
@@ -98,6 +99,23 @@ def test_statistics_stay_as_they_are_unless_they_are_live(live: bool) -> None:
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.endswith("weight") for name in moved)
     assert any("running" in name for name in moved) == live
+
+
+def test_where_few_take_they_are_planted_once_more_and_harder() -> None:
+    model, clean, _ = scene()
+    attacks = [specs.build("attack", kind) for kind in KINDS]
+    gentle = Planting(images=200, lr=1e-4, augment="none")
+    once, epochs = canaries.plant_canaries(model, clean, attacks, dataclasses.replace(gentle, again=False), Rng(0))
+    twice, more = canaries.plant_canaries(model, clean, attacks, gentle, Rng(0))
+    assert sum(e.images for e in epochs) == 200
+    assert sum(e.images for e in more) == 5 * 200
+    assert more[0].loss == epochs[0].loss
+    assert max(e.lr for e in more) > max(e.lr for e in epochs)
+    for attack in attacks:
+        weak, strong = (assess(m, clean, attack=attack).asr for m in (once, twice))
+        assert weak is not None
+        assert strong is not None
+        assert strong.value > weak.value
 
 
 def test_what_is_not_planted_is_not_counted() -> None:

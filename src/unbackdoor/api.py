@@ -1,6 +1,6 @@
 """From a model and a few clean samples to a cleaned model and a report.
 
-cleaned = clean(model, samples, "seam")
+cleaned = clean(model, samples)
 print(cleaned.report.verdict)
 cleaned.save("out")
 """
@@ -25,6 +25,7 @@ from torch import nn
 
 from unbackdoor import __version__, files, specs
 from unbackdoor.analysis.audit.evidence import check_auditable
+from unbackdoor.automatic import Auto
 from unbackdoor.errors import ConfigError, DataError
 from unbackdoor.evaluation import checks, metrics
 from unbackdoor.evaluation.assessment import HELD_OUT, Assessment, assess
@@ -108,7 +109,7 @@ class Cleaned:
 def clean(
     model: nn.Module,
     samples: Samples,
-    method: str | Defense = "seam",
+    method: str | Defense = "auto",
     *,
     seed: int = 0,
     test: Samples | None = None,
@@ -128,7 +129,8 @@ def clean(
         model: maps images (N, C, H, W) in [0, 1] to logits (N, num_classes), or token ids, as a
             :class:`~unbackdoor.models.text.TextClassifier` does, or feature vectors. It is not changed.
         samples: clean, with true labels.
-        method: a spec such as ``"seam(preset=toolbox)"``, or a defense.
+        method: a spec such as ``"seam(preset=toolbox)"``, or a defense. By default the one that suits this network, by
+            trials on a copy that carries known backdoors.
         seed: decides every random choice.
         test: labelled samples to measure on. Without them, a share of each class of ``samples`` is set aside for the
             report alone; where there are too few for it, the given samples themselves are measured on, and a flag says
@@ -137,7 +139,8 @@ def clean(
         triggered: samples that carry a trigger already, for the same, where the trigger itself is not at hand.
         held_out: that share, in (0, 1).
         canaries: plant known backdoors into a copy, remove them in the same way and report what is left of each: the
-            usual kinds, or these attack specs. Takes as long as the removal again, and the planting.
+            usual kinds, or these attack specs. Takes as long as the removal again, and the planting. What ``auto``
+            chose is tested, and not the choosing.
         audit: look for evidence of a backdoor before and after, without any trigger; images alone.
         description: what the report shall say of the model: "name", "architecture", "path", "sha256", "input_format".
         notes: what the report shall say was assumed or converted in loading the model and the samples.
@@ -162,7 +165,7 @@ def clean(
     removal, cost = _measured(defense, copy.deepcopy(model), shown, rng.child("defense"))
 
     after = assess(removal.model, judged, attack=attack, triggered=triggered)
-    foretold = _canaries(model, shown, judged, defense, rng, canaries) if canaries else None
+    foretold = _canaries(model, shown, judged, _chosen(defense, removal.trace), rng, canaries) if canaries else None
     audited = before_and_after(model, removal.model, shown, rng.child("audit")) if audit else None
     flags = _flags(model, removal.model, samples, judged, before, after, source)
     changes = weight_changes(_owners(model), _owners(removal.model))
@@ -358,6 +361,11 @@ def process_memory_mib() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _chosen(defense: Defense, trace: Trace) -> Defense:
+    """What ran: of ``auto`` the method that it took."""
+    return defense.defenses()[str(trace.values["method"])] if isinstance(defense, Auto) else defense
 
 
 def _canaries(

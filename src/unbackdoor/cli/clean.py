@@ -40,8 +40,13 @@ def clean(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(metavar="SPEC", help="The defense, such as 'seam(preset=plain)'; see 'list defenses'.")
-    ] = "seam",
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="The defense, such as 'seam(preset=plain)'; see 'list defenses'. By default the one that suits this "
+            "network, found by trials on a copy.",
+        ),
+    ] = "auto",
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where the results go. By default MODEL-cleaned in this folder."),
