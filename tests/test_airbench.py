@@ -59,7 +59,7 @@ def test_it_learns_by_its_recipe() -> None:
     train, test = (large(part) for part in digits())
     with isolated(Rng(0)):
         model = airbench(in_channels=1, image_size=16, width=16)
-    fit(model, train, replace(usual("digits", "airbench").recipe, batch_size=100, lr=0.3), Rng(0))
+    fit(model, train, replace(usual("digits", "airbench").recipe, batch_size=100), Rng(0))
     assert measure(model.eval(), test).accuracy > 0.95
 
 

@@ -55,11 +55,11 @@ USUAL: dict[str, Usual] = {
 
 #: Zoo network -> the recipe that belongs to it, whatever the pictures; how they are augmented goes by these.
 BY_NETWORK: dict[str, Recipe] = {
-    # As airbench94's (arXiv 2404.00498), whose rates are stated per sum over a batch.
+    # After airbench94's (arXiv 2404.00498), in smaller batches: without its averaging they are better in few epochs.
     "airbench": Recipe(
         epochs=10,
-        batch_size=1000,
-        lr=1.5,
+        batch_size=250,
+        lr=0.5,
         momentum=0.85,
         nesterov=True,
         weight_decay=1.3e-3,
