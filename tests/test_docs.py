@@ -19,6 +19,7 @@ import fit_speed
 import generative
 import harness_overhead
 import ntk_tables
+import plan_table
 import real_runs
 import sweep_models
 import trigger_speed
@@ -197,6 +198,7 @@ def test_the_presets_of_seam_are_shown_as_they_are() -> None:
         (harness_overhead, "docs/benchmark.md"),
         (fit_speed, "docs/results.md"),
         (generative, "docs/text.md"),
+        (plan_table, "docs/benchmark.md"),
     ],
     ids=[
         "real runs",
@@ -210,6 +212,7 @@ def test_the_presets_of_seam_are_shown_as_they_are() -> None:
         "overhead",
         "fit speed",
         "generative models",
+        "plan",
     ],
 )
 def test_the_tables_are_what_the_records_say(benchmark: Any, page: str) -> None:
