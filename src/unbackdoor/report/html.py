@@ -175,7 +175,7 @@ def _attention_figure(layers: Sequence[UnitScores], threshold: float | None) -> 
         f"{sum(len(layer.scores) for layer in layers)} heads in {where} of attention, each by the sum of its "
         f"queries', keys' and values' scores.{part} Standing out: {apart or 'none'}. "
         "Units are reset by their own scores.",
-        (("disc bad", "stands out"), ("disc after", "other heads")),
+        (("disc bad", "stands out"), ("disc after" if len(layers) == 1 else "disc muted", "other heads")),
     )
 
 
