@@ -25,7 +25,7 @@ from unbackdoor.types import Defense, Removal, Samples
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """Auto: tries methods on a copy of the network that carries known backdoors, and takes the first that removes them.
+    """Auto: tries methods on a copy with known backdoors, and takes the first that leaves little of them.
 
     Nobody can measure a backdoor whose trigger he does not have, but he can plant others, of several kinds, into a copy
     of the very network (canaries). The methods are tried on that copy, the gentlest first. The first that leaves
@@ -38,10 +38,12 @@ class Auto:
     Costs: The planting, each method that is tried, and the chosen one once more: about three times as much as that one,
     where the first will do.
 
-    Fails: Canaries are planted in a short training and of kinds that we thought of; a backdoor that was trained in from
-    the start may sit deeper, and one of another kind may stay. The first method is trained against triggers of the
-    canaries' kinds, so that they say less of it than of the others. With one image a class nothing can be tried and the
-    first method is taken as it is; of texts and features, which have no canaries yet, ``otherwise``.
+    Fails: How well the choice suits the true backdoor is not measured yet. Where no method keeps the rule all are tried,
+    and the one that is taken may cost more accuracy than a gentler one would have. Canaries are planted in a short
+    training and of kinds that we thought of; a backdoor that was trained in from the start may sit deeper, and one of
+    another kind may stay. The first method is trained against triggers of the canaries' kinds, so that they say less of
+    it than of the others. With one image a class nothing can be tried and the first method is taken as it is; of texts
+    and features, which have no canaries yet, ``otherwise``.
 
     Attributes:
         candidates: names or specs of defenses, in the order in which they are tried.

@@ -1,4 +1,4 @@
-"""A network that learns small colour images in seconds on a GPU, and in minutes on a processor."""
+"""A network that is meant to learn small colour images in few epochs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from unbackdoor.errors import ConfigError
 #: Smaller images have nothing left after three halvings.
 SMALLEST = 16
 
-#: √(σ² + 0.0005) of what the first layer's patterns see in CIFAR-10's training images in [0, 1]: brightness and two
-#: differences of colour (rows) × even, changing along one axis, along both (columns). As in the authors' code the small
-#: number keeps patterns down that hold little but noise.
+#: √(σ² + 0.0005) of what the first layer's patterns see in 5,000 of CIFAR-10's training images in [0, 1]: brightness
+#: and two differences of colour (rows) × even, changing along one axis, along both (columns). As in the authors' code
+#: the small number keeps patterns down that hold little but noise.
 _SPREAD = ((0.80, 0.15, 0.063), (0.23, 0.038, 0.025), (0.11, 0.028, 0.023))
 
 
