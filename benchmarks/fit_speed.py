@@ -16,8 +16,8 @@ ratio is fit()'s rate over the other's in the same round; shown are the median o
 without. Figures mean something only on a machine that does nothing else meanwhile.
 
 How much faster it could be is told by two figures in fit()'s own precision. ``bare passes`` takes turns with the
-others: the network's passes forward and back on one batch that is ready, without data, augmentation or optimiser. And the
-machine's peak is what a large matrix product reaches; convolutions with few channels cannot.
+others: the network's passes forward and back on one batch that is ready, without data, augmentation or optimiser. And
+the machine's peak is what a large matrix product reaches; convolutions with few channels cannot.
 
     python benchmarks/fit_speed.py --write docs/results.md    # the committed record -> Markdown
 """
