@@ -39,11 +39,11 @@ class Auto:
     where the first will do.
 
     Fails: How well the choice suits the true backdoor is not measured yet. Where no method keeps the rule all are
-    tried, and the one that is taken may cost more accuracy than a gentler one would have. Canaries are planted in a short
-    training and of kinds that we thought of; a backdoor that was trained in from the start may sit deeper, and one of
-    another kind may stay. The first method is trained against triggers of the canaries' kinds, so that they say less of
-    it than of the others. With one image a class nothing can be tried and the first method is taken as it is; of texts
-    and features, which have no canaries yet, ``otherwise``.
+    tried, and the one that is taken may cost more accuracy than a gentler one would have. Canaries are planted in a
+    short training and of kinds that we thought of; a backdoor that was trained in from the start may sit deeper, and
+    one of another kind may stay. The first method is trained against triggers of the canaries' kinds, so that they
+    say less of it than of the others. With one image a class nothing can be tried and the first method is taken as it
+    is; of texts and features, which have no canaries yet, ``otherwise``.
 
     Attributes:
         candidates: names or specs of defenses, in the order in which they are tried.
